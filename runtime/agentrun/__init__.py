@@ -1,0 +1,41 @@
+"""agentrun: run the tools of AI agents, each call in its own fresh sandbox and cgroup, in about the time of a fork and exec.
+
+::
+
+    async with open_executor() as executor:
+        result = await executor.run(["pytest", "-q"], workspace="/home/me/project", timeout=120)
+        print(result.outcome, result.usage.memory_peak)
+
+docs/design.md tells how it works, docs/security.md what a sandbox defends against.
+"""
+
+from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
+from agentrun.executor import Executor, ExecutorConfig, Running, open_executor
+from agentrun.policy import Limits, Policy
+from agentrun.stdio import PIPE
+from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+from agentrun.workspace import Workspace
+
+__all__ = [
+    "PIPE",
+    "AgentrunError",
+    "Executor",
+    "ExecutorConfig",
+    "HostError",
+    "LimitError",
+    "Limits",
+    "Outcome",
+    "Overloaded",
+    "Policy",
+    "Result",
+    "Running",
+    "SandboxError",
+    "Timings",
+    "Unenforced",
+    "Usage",
+    "UsageError",
+    "Verdict",
+    "Workspace",
+    "open_executor",
+]
+__version__ = "0.1.0"

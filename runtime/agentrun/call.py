@@ -1,0 +1,217 @@
+"""One call in one slot: dispatch, watch, and say how it ended. The pool and the queue are the executor's business."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+from time import monotonic
+
+import trio
+
+from agentrun.capture import Capture
+from agentrun.cgroup.leaf import LeafStats
+from agentrun.errors import SandboxError, UsageError
+from agentrun.request import Request
+from agentrun.slot import Slot
+from agentrun.stdio import Stdio
+from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+from agentrun.zygote import step_name
+from agentrun_shim.plan import Event, Kind, PlanError, RunFlag, Step, pack_run
+
+_NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
+
+
+class Call:
+    """A tool call from lease to result."""
+
+    def __init__(self, request: Request, stdio: Stdio, mount_fd: int, nproc: int) -> None:
+        self.request = request
+        self.stdio = stdio
+        self.slot: Slot | None = None
+        self.started = monotonic()
+        self.queued = self.leased = self.dispatched = 0.0
+        self.warm = False
+        self.unenforced: tuple[Unenforced, ...] = ()
+        self.cancelled = False
+        self._mount_fd, self._nproc = mount_fd, nproc
+
+    def pack(self) -> tuple[bytes, list[int]]:
+        """The RUN message and its descriptors.
+
+        Raises:
+            UsageError: the command line and environment are longer than any kernel takes.
+        """
+        flags = RunFlag.TERMINAL if self.stdio.terminal else RunFlag(0)
+        fds = list(self.stdio.child)
+        if self._mount_fd >= 0:
+            flags |= RunFlag.ATTACH
+            fds.append(self._mount_fd)
+        request = self.request
+        try:
+            message = pack_run(
+                request.argv, request.env, cwd=request.cwd, flags=flags, umask=request.umask, nproc=self._nproc,
+                attach=request.workspace_path.encode("utf-8", "surrogateescape"), nfds=len(fds),
+            )  # fmt: skip
+        except PlanError as error:
+            raise UsageError(str(error)) from error
+        return message, fds
+
+    async def dispatch(self, slot: Slot, message: bytes, fds: list[int]) -> None:
+        """Send the request into a slot; from here on the tool runs.
+
+        Raises:
+            BrokenPipeError: the slot died while it waited.
+        """
+        self.leased = monotonic()
+        sent = slot.send(message, fds)
+        self.slot = slot
+        if sent < len(message):
+            await slot.send_rest(message[sent:])
+        self.dispatched = monotonic()
+        self.stdio.close_child()
+
+    def kill(self) -> None:
+        """End the call now: everything in its leaf dies; the outcome is ``cancelled``."""
+        self.cancelled = True
+        if self.slot is not None:
+            self.slot.leaf.kill()
+
+    async def finish(self, timeout: float | None) -> Result:
+        """Wait for the end, or make it at the deadline; then collect and account.
+
+        On cancellation the leaf is killed and waited for before ``trio.Cancelled`` goes on.
+
+        Raises:
+            SandboxError: the sandbox failed before the tool could start.
+        """
+        slot = self.slot
+        assert slot is not None
+        deadline = trio.current_time() + timeout if timeout is not None else float("inf")
+        try:
+            if self.cancelled:
+                slot.leaf.kill()
+            with trio.CancelScope(deadline=deadline) as scope:
+                await _wait_exit(slot.runner_pidfd, self.stdio.captures)
+        except trio.Cancelled:
+            slot.leaf.kill()
+            with trio.CancelScope(shield=True):
+                await slot.wait_dead()
+            raise
+        timed_out = scope.cancelled_caught
+        with trio.CancelScope(shield=True):
+            if timed_out:
+                slot.leaf.kill()
+                await trio.lowlevel.wait_readable(slot.runner_pidfd)
+            status, _, rss, blocks_in, blocks_out = slot.reap()
+            ended = monotonic()
+            if slot.leftovers():
+                slot.leaf.kill()
+                await slot.wait_dead()
+        for capture in self.stdio.captures.values():
+            capture.finish()
+        stats = slot.leaf.stats()
+        return self._result(status, timed_out, ended, stats, rss, (blocks_in, blocks_out), slot.events())
+
+    def _result(
+        self, status: int, timed_out: bool, ended: float, stats: LeafStats, rss: int, blocks: tuple[int, int], events: list[Event]
+    ) -> Result:
+        first_exec = next((event.ns / 1e9 for event in events if event.kind is Kind.STARTED), None)
+        failed = next((event for event in events if event.kind is Kind.FAILED), None)
+        outcome, exit_code, number, verdict = self._outcome(status, timed_out, stats, failed)
+        exact = stats.memory_peak is not None
+        captures = self.stdio.captures
+        return Result(
+            id=self.slot.id if self.slot else "",
+            outcome=outcome,
+            exit_code=exit_code,
+            signal=number,
+            stdout=captures["stdout"].content() if "stdout" in captures else None,
+            stderr=captures["stderr"].content() if "stderr" in captures else None,
+            truncated=any(capture.truncated for capture in captures.values()),
+            usage=Usage(
+                wall=ended - (first_exec or self.dispatched),
+                cpu_user=stats.cpu_user,
+                cpu_system=stats.cpu_system,
+                memory_peak=stats.memory_peak if exact else rss,
+                memory_source="memory.peak" if exact else "rusage",
+                io_read=stats.io_read,
+                io_written=stats.io_written,
+                pids_peak=stats.pids_peak,
+                throttled=stats.throttled,
+            ),
+            timings=Timings(
+                queued=self.queued - self.started,
+                leased=self.leased - self.started,
+                dispatched=self.dispatched - self.started,
+                first_exec=None if first_exec is None else first_exec - self.started,
+                total=monotonic() - self.started,
+            ),
+            warm=self.warm,
+            verdict=verdict,
+            unenforced=self.unenforced,
+        )
+
+    def _outcome(
+        self, status: int, timed_out: bool, stats: LeafStats, failed: Event | None
+    ) -> tuple[Outcome, int | None, int | None, Verdict | None]:
+        code = os.waitstatus_to_exitcode(status)
+        exit_code, number = (code, None) if code >= 0 else (None, -code)
+        if failed is not None:
+            return Outcome.FAILED_TO_START, _start_code(failed), None, _start_verdict(failed, self.request)
+        limits = self.request.policy.limits
+        if stats.oom_kills:
+            message = f"killed at the memory limit ({limits.memory_max} bytes); peak {stats.memory_peak} bytes"
+            advice = "ask for more memory, or do the work in smaller pieces (fewer parallel jobs, part of the data)"
+            return Outcome.MEMORY_KILLED, None, signal.SIGKILL, Verdict(reason="memory", message=message, advice=advice)
+        if timed_out:
+            message = f"killed after {self.request.policy.timeout:g} s"
+            advice = "give it more time, or do less in one call; run long-lived servers outside a tool call"
+            return Outcome.TIMED_OUT, None, number, Verdict(reason="timeout", message=message, advice=advice)
+        if self.cancelled:
+            verdict = Verdict(reason="cancelled", message="killed on request", advice="run it again if it is still wanted")
+            return Outcome.CANCELLED, None, number, verdict
+        return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, None
+
+
+async def _wait_exit(pidfd: int, captures: dict[str, Capture]) -> None:
+    """Wait until the tool has exited, reading what it writes meanwhile: one epoll, one task, however many streams."""
+    if not captures:
+        await trio.lowlevel.wait_readable(pidfd)
+        return
+    by_fd = {capture.fd: capture for capture in captures.values()}
+    with select.epoll() as epoll:
+        for fd in (pidfd, *by_fd):
+            epoll.register(fd, select.EPOLLIN)
+        while True:
+            await trio.lowlevel.wait_readable(epoll.fileno())
+            ready = [fd for fd, _ in epoll.poll(0)]
+            for fd in ready:
+                if fd != pidfd:
+                    by_fd[fd].drain()
+            if pidfd in ready:
+                return
+
+
+def _start_code(event: Event) -> int:
+    return 127 if event.step is Step.EXEC and event.error in _NOT_FOUND else 126
+
+
+def _start_verdict(event: Event, request: Request) -> Verdict:
+    """Words for a tool that never started.
+
+    Raises:
+        SandboxError: it was not the command's or the working directory's fault.
+    """
+    reason = os.strerror(event.error)
+    if event.step is Step.EXEC:
+        name = request.argv[0].decode("utf-8", "replace")
+        advice = "is it installed in the image, and on PATH?" if event.error in _NOT_FOUND else "is it an executable for this machine?"
+        if event.error == errno.E2BIG:
+            advice = "the kernel takes 2 MiB of arguments and environment, 128 KiB in one of them: pass the data in a file"
+        return Verdict(reason="start", message=f"{name}: {reason}", advice=advice)
+    if event.step is Step.WORKING_DIRECTORY:
+        path = request.cwd.decode("utf-8", "replace")
+        return Verdict(reason="start", message=f"working directory {path}: {reason}", advice="name a directory of the sandbox")
+    raise SandboxError(step_name(event.step), event.error, request.workspace_path if event.step is Step.WORKSPACE else "")

@@ -1,0 +1,120 @@
+"""One leaf: the cgroup of one tool call."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from agentrun.cgroup.files import read_file, write_file
+from agentrun.cgroup.stats import parse_flat, parse_io, parse_number
+from agentrun.errors import HostError
+
+
+class LeafStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A leaf's own account. Seconds and bytes; ``None`` where the host has no such file."""
+
+    cpu_user: float
+    cpu_system: float
+    throttled: float | None
+    memory_peak: int | None
+    oom_kills: int
+    pids_peak: int | None
+    io_read: int | None
+    io_written: int | None
+
+
+class Leaf:
+    """A cgroup directory we made, by its descriptor.
+
+    ``fd`` is -1 once closed, so that a number the kernel gave to somebody else can never be used by mistake.
+    """
+
+    __slots__ = ("_parent_fd", "controllers", "fd", "name", "where")
+
+    def __init__(self, parent_fd: int, name: str, where: str, controllers: frozenset[str], files: Mapping[str, str]) -> None:
+        """Make the leaf and write ``files`` (control file → text) to it, before any process can be in it.
+
+        Raises:
+            HostError: it could not be made, or a limit not be written; then it is removed again.
+        """
+        try:
+            os.mkdir(name, 0o755, dir_fd=parent_fd)
+        except OSError as error:
+            raise HostError(f"making the leaf {where}/{name}: {error.strerror}") from error
+        self._parent_fd, self.name, self.where, self.controllers = parent_fd, name, f"{where}/{name}", controllers
+        self.fd = -1
+        try:
+            self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent_fd)
+            for file, text in files.items():
+                write_file(self.fd, file, text, self.where)
+        except BaseException:
+            self.close()
+            os.rmdir(name, dir_fd=parent_fd)
+            raise
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write control files.
+
+        Raises:
+            HostError: naming the file, the value and the likely cause.
+        """
+        for file, text in files.items():
+            write_file(self.fd, file, text, self.where)
+
+    def pids(self) -> list[int]:
+        """The processes in it now (host pids; the dead are not listed)."""
+        return [int(pid) for pid in (read_file(self.fd, "cgroup.procs") or b"").split()]
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it, at once and without a race (cgroup.kill, Linux 5.14).
+
+        A killed leaf is spent: later CLONE_INTO_CGROUP children would be killed at birth.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            write_file(self.fd, "cgroup.kill", "1", self.where)
+
+    @property
+    def populated(self) -> bool:
+        """A live process is in it."""
+        return b"populated 1" in (read_file(self.fd, "cgroup.events") or b"")
+
+    def stats(self) -> LeafStats:
+        """Read its account once; meant for when nothing runs in it any more."""
+        fd, has = self.fd, self.controllers
+        cpu = parse_flat(read_file(fd, "cpu.stat") or b"")
+        events = parse_flat(read_file(fd, "memory.events") or b"") if "memory" in has else {}
+        io = parse_io(read_file(fd, "io.stat") or b"") if "io" in has else (None, None)
+        throttled = cpu.get("throttled_usec") if "cpu" in has else None
+        return LeafStats(
+            cpu_user=cpu.get("user_usec", 0) / 1e6,
+            cpu_system=cpu.get("system_usec", 0) / 1e6,
+            throttled=None if throttled is None else throttled / 1e6,
+            memory_peak=parse_number(read_file(fd, "memory.peak")) if "memory" in has else None,
+            oom_kills=events.get("oom_kill", 0),
+            pids_peak=parse_number(read_file(fd, "pids.peak")) if "pids" in has else None,
+            io_read=io[0],
+            io_written=io[1],
+        )
+
+    def remove_nowait(self) -> bool:
+        """rmdir it; False while the kernel still sees a dying process there (EBUSY). A leaf already gone is removed."""
+        try:
+            os.rmdir(self.name, dir_fd=self._parent_fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Forget the descriptor; the cgroup stays."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)

@@ -1,0 +1,33 @@
+"""Limits as control files: pure translation, no I/O."""
+
+from __future__ import annotations
+
+from agentrun.policy import Limits
+
+CPU_PERIOD_US = 100_000
+
+
+def plan_limits(limits: Limits) -> dict[str, str]:
+    """The control files that express ``limits``, in the order they are written.
+
+    ``memory.oom.group`` goes with ``memory.max``: a tool call dies as a whole, never a random process of it.
+    """
+    files: dict[str, str] = {}
+    if limits.memory_max is not None:
+        files["memory.oom.group"] = "1"
+        files["memory.max"] = str(limits.memory_max)
+    if limits.memory_swap_max is not None:
+        files["memory.swap.max"] = str(limits.memory_swap_max)
+    if limits.pids_max is not None:
+        # One more for init, which the caller does not see.
+        files["pids.max"] = str(limits.pids_max + 1)
+    if limits.cpus is not None:
+        files["cpu.max"] = f"{max(1000, round(limits.cpus * CPU_PERIOD_US))} {CPU_PERIOD_US}"
+    if limits.cpu_weight is not None:
+        files["cpu.weight"] = str(limits.cpu_weight)
+    return files
+
+
+def controller_of(name: str) -> str:
+    """``memory.max`` → ``memory``."""
+    return name.partition(".")[0]

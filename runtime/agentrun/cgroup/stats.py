@@ -1,0 +1,31 @@
+"""Parse what a leaf tells about itself: bytes in, numbers out."""
+
+from __future__ import annotations
+
+
+def parse_flat(text: bytes) -> dict[str, int]:
+    """A flat-keyed file such as cpu.stat or memory.events: one ``key value`` pair a line."""
+    result = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(b" ")
+        if value.isdigit():
+            result[key.decode()] = int(value)
+    return result
+
+
+def parse_io(text: bytes) -> tuple[int, int]:
+    """io.stat → (bytes read, bytes written) over all devices."""
+    read = written = 0
+    for line in text.splitlines():
+        for field in line.split()[1:]:
+            key, _, value = field.partition(b"=")
+            if key == b"rbytes":
+                read += int(value)
+            elif key == b"wbytes":
+                written += int(value)
+    return read, written
+
+
+def parse_number(text: bytes | None) -> int | None:
+    """A single-value file; ``None`` for a missing file and for ``max``."""
+    return int(text) if text and text.strip().isdigit() else None

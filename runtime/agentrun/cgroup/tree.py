@@ -1,0 +1,289 @@
+"""Our part of the cgroup tree: find it, own it, and remove what a killed owner left.
+
+::
+
+    <base>/                     a delegated cgroup, or the cgroup2 mount
+      agentrun-<name>/          ours; locked with flock(2) for as long as its owner lives
+        supervisor/             the owner's own processes, where the base demands that they move
+        tenant-<name>/          one tenant's budget
+          call-<id>/            one tool call: the leaf
+
+The lock is the whole of the crash recovery: whoever can take it knows that the owner is dead, kills what is left below,
+and removes it. No pid file, no state file, nothing to go stale.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from agentrun.cgroup.files import read_file, write_file
+from agentrun.cgroup.leaf import Leaf
+from agentrun.cgroup.limits import plan_limits
+from agentrun.errors import HostError
+from agentrun.policy import Limits
+from agentrun.types import Unenforced
+
+PREFIX = "agentrun-"
+CONTROLLERS = ("cpu", "memory", "pids", "io")
+COVERED = frozenset({"pids.max", "memory.oom.group", "memory.swap.max"})
+"""Not missed where they are missing: RLIMIT_NPROC bounds processes; without memory.max the other two say nothing."""
+
+
+class Base(msgspec.Struct, frozen=True):
+    """Where our tree may be made."""
+
+    path: Path
+    origin: str
+    """How it was found: ``AGENTRUN_CGROUP``, ``delegated``, or ``mount``."""
+
+
+def find_mount(mountinfo: str = "/proc/self/mountinfo") -> Path | None:
+    """The cgroup2 mount point, the first one if there are several (hybrid hosts have it beside the v1 hierarchies)."""
+    for line in Path(mountinfo).read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split(" ", 1)[0] == "cgroup2":
+            return Path(before.split()[4].encode().decode("unicode_escape"))
+    return None
+
+
+def find_base(environ: Mapping[str, str] = os.environ) -> Base:
+    """$AGENTRUN_CGROUP, else the cgroup we run in if systemd delegated it to us, else the cgroup2 mount.
+
+    Raises:
+        HostError: there is no cgroup2 file system, or $AGENTRUN_CGROUP is not on one.
+    """
+    if named := environ.get("AGENTRUN_CGROUP"):
+        if not Path(named, "cgroup.procs").exists():
+            raise HostError(f"AGENTRUN_CGROUP={named} is not a cgroup2 directory (no cgroup.procs in it)")
+        return Base(Path(named), "AGENTRUN_CGROUP")
+    mount = find_mount()
+    if mount is None:
+        raise HostError("no cgroup2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup; needs Linux 5.14)")
+    own = _own_cgroup(mount)
+    if own != mount and _is_delegated(own):
+        return Base(own, "delegated")
+    return Base(mount, "mount")
+
+
+def _own_cgroup(mount: Path) -> Path:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return mount / line[3:].lstrip("/")
+    return mount
+
+
+def _is_delegated(path: Path) -> bool:
+    # systemd marks a delegated cgroup (Delegate=yes) with an extended attribute: systemd.resource-control(5).
+    for name in ("user.delegate", "trusted.delegate"):
+        try:
+            if os.getxattr(path, name) == b"1":
+                return True
+        except OSError:
+            continue
+    return False
+
+
+class Tree:
+    """An owned, locked ``agentrun-<name>`` below a base."""
+
+    def __init__(self, base: Base, name: str) -> None:
+        """Make it, lock it, enable the controllers that can be had.
+
+        Raises:
+            HostError: another live owner holds the name, or the base refuses a child.
+        """
+        self.path = base.path / (PREFIX + name)
+        self.base = base
+        self._tenants: dict[str, int] = {}
+        self._plans: dict[Limits, tuple[dict[str, str], tuple[Unenforced, ...]]] = {}
+        self.fd = -1
+        try:
+            self.path.mkdir(exist_ok=True)
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.fd)
+            raise HostError(f"{self.path} belongs to an agentrun that is running") from None
+        except OSError as error:
+            raise HostError(f"making a cgroup at {self.path}: {error.strerror}") from error
+        try:
+            _clear(self.fd, self.path)  # a dead owner of the same name
+            self.controllers = self._enable()
+            self._files = self._probe_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def _enable(self) -> frozenset[str]:
+        """Enable our controllers from the base down; returns those the leaves will have."""
+        base_fd = os.open(self.base.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            available = set((read_file(base_fd, "cgroup.controllers") or b"").decode().split())
+            wanted = [name for name in CONTROLLERS if name in available]
+            if self.base.origin == "delegated":
+                self._move_to_supervisor(base_fd)
+            _delegate(base_fd, str(self.base.path), wanted)
+        finally:
+            os.close(base_fd)
+        _delegate(self.fd, str(self.path), wanted)
+        return frozenset((read_file(self.fd, "cgroup.subtree_control") or b"").decode().split())
+
+    def _probe_files(self) -> frozenset[str]:
+        """The control files a leaf has here: the kernel's configuration decides, and only looking tells."""
+        os.mkdir("probe", dir_fd=self.fd)
+        try:
+            return frozenset(os.listdir(self.path / "probe"))
+        finally:
+            os.rmdir("probe", dir_fd=self.fd)
+
+    def plan(self, limits: Limits) -> tuple[dict[str, str], tuple[Unenforced, ...]]:
+        """What to write to a leaf for ``limits``, and which of them nothing here can enforce."""
+        if limits not in self._plans:
+            files = plan_limits(limits)
+            missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self._files)
+            self._plans[limits] = (
+                {name: text for name, text in files.items() if name in self._files},
+                tuple(item for item in missing if item.limit not in COVERED),
+            )
+        return self._plans[limits]
+
+    def _why(self, name: str) -> str:
+        controller = name.partition(".")[0]
+        if controller in self.controllers:
+            return f"this kernel has no {name}"
+        return f"no {controller} controller under {self.path} ({_where_is(controller)})"
+
+    def _move_to_supervisor(self, base_fd: int) -> None:
+        # cgroups(7), no internal processes: a cgroup that gives controllers to children has no processes of its own.
+        os.makedirs(self.base.path / "supervisor", exist_ok=True)
+        for pid in (read_file(base_fd, "cgroup.procs") or b"").decode().split():
+            write_file(base_fd, "supervisor/cgroup.procs", pid, str(self.base.path))
+
+    def tenant(self, name: str, files: Mapping[str, str]) -> int:
+        """The directory fd of a tenant's cgroup, made with its budget on first use.
+
+        Raises:
+            HostError: it could not be made, or its budget could not be written.
+        """
+        if name not in self._tenants:
+            directory = f"tenant-{name}"
+            try:
+                os.mkdir(directory, dir_fd=self.fd)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise HostError(f"making a cgroup at {self.path}/{directory}: {error.strerror}") from error
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                for file, text in files.items():
+                    if file.partition(".")[0] in self.controllers:
+                        write_file(fd, file, text, f"{self.path}/{directory}")
+                _delegate(fd, f"{self.path}/{directory}", sorted(self.controllers))
+            except BaseException:
+                os.close(fd)
+                raise
+            self._tenants[name] = fd
+        return self._tenants[name]
+
+    def leaf(self, tenant: str, name: str, files: Mapping[str, str]) -> Leaf:
+        """A new leaf below a tenant that exists; ``files`` are written before any process can be in it."""
+        return Leaf(self._tenants[tenant], name, f"{self.path}/tenant-{tenant}", self.controllers, files)
+
+    def close(self) -> None:
+        """Kill whatever is left, remove the tree, give up the lock."""
+        for fd in self._tenants.values():
+            os.close(fd)
+        self._tenants.clear()
+        if self.fd >= 0:
+            _clear(self.fd, self.path)
+            os.rmdir(self.path)
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+def remove_stale(base: Path) -> list[str]:
+    """Remove every ``agentrun-*`` below ``base`` whose owner is dead; returns their names."""
+    removed = []
+    for path in sorted(base.glob(PREFIX + "*")):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _clear(fd, path)
+            os.rmdir(path)
+            removed.append(path.name)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        finally:
+            os.close(fd)
+    return removed
+
+
+def _where_is(controller: str) -> str:
+    """Why a controller is not there, from /proc/cgroups: cgroups(7)."""
+    for line in Path("/proc/cgroups").read_text().splitlines():
+        fields = line.split()
+        if fields[0] == controller or (controller, fields[0]) == ("io", "blkio"):
+            if fields[3] == "0":
+                return "disabled in the kernel"
+            return "a cgroup v1 hierarchy has it" if fields[1] != "0" else "not delegated to this cgroup"
+    return "not in this kernel"
+
+
+def _delegate(dirfd: int, where: str, controllers: list[str]) -> None:
+    enabled = (read_file(dirfd, "cgroup.subtree_control") or b"").decode().split()
+    for name in controllers:
+        if name in enabled:
+            continue
+        try:
+            write_file(dirfd, "cgroup.subtree_control", f"+{name}", where)
+        except HostError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EBUSY, errno.ENOENT, errno.EINVAL):
+                continue  # not ours to give: the results list what is not enforced, doctor says why
+            raise
+
+
+def _clear(fd: int, path: Path, patience: float = 10.0) -> None:
+    """Kill everything below a cgroup and remove its children.
+
+    Raises:
+        HostError: something below is still alive after ``patience`` seconds.
+    """
+    if not any(path.glob("*/")):
+        return
+    write_file(fd, "cgroup.kill", "1", str(path))
+    deadline = time.monotonic() + patience
+    while True:
+        busy = _remove_children(path)
+        if not busy:
+            return
+        if time.monotonic() > deadline:
+            raise HostError(f"{busy} still has processes {patience:g} s after they were killed")
+        time.sleep(0.002)
+
+
+def _remove_children(path: Path) -> Path | None:
+    busy = None
+    for entry in os.scandir(path):
+        if not entry.is_dir(follow_symlinks=False):
+            continue
+        child = Path(entry.path)
+        busy = _remove_children(child) or busy
+        try:
+            child.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                raise
+            busy = child
+    return busy

@@ -1,0 +1,182 @@
+"""The pool: warm slots of one tenant and one shape.
+
+Demand is what it follows. ``target`` warm slots are kept: as many as calls were running at once in the last seconds, and
+one more, between the configured bounds. A lease takes a warm slot if there is one; else it waits for the next that is
+built, and the call says so (``warm: false``). Slots are built a few at a time, always off the way of a warm call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import trio
+
+from agentrun.errors import AgentrunError, HostError
+from agentrun.slot import Slot
+
+PARALLEL_BUILDS = 4
+"""The zygote clones one at a time; this many sandboxes may be mounting while it does."""
+DECAY = 10.0
+"""Seconds after which a peak of demand is forgotten."""
+RETRY_MOST = 5.0
+"""Longest pause, seconds, between attempts while building fails."""
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool at one moment, and its history in counts."""
+
+    idle: int
+    building: int
+    waiting: int
+    leased: int
+    target: int
+    hits: int
+    misses: int
+    built: int
+    failed: int
+
+
+class Pool:
+    """Warm slots; see the module. ``statistics()`` tells how it does."""
+
+    def __init__(
+        self,
+        build: Callable[[], Awaitable[Slot]],
+        discard: Callable[[Slot], None],
+        nursery: trio.Nursery,
+        *,
+        least: int,
+        most: int,
+    ) -> None:
+        """``build`` makes one slot; ``discard`` ends one in the background. ``least`` ≤ idle slots ≤ ``most``."""
+        self._build, self._discard, self._nursery = build, discard, nursery
+        self._least, self._most = least, most
+        self._idle: deque[Slot] = deque()
+        self._waiting: deque[_Wait] = deque()
+        self._building = self._leased = self._peak = 0
+        self._peak_time = trio.current_time()
+        self._hits = self._misses = self._built = self._failed = 0
+        self._pause = 0.0
+
+    @property
+    def target(self) -> int:
+        """Warm slots wanted now."""
+        return min(self._most, max(self._least, self._peak + 1 if self._most else 0))
+
+    async def lease(self) -> tuple[Slot, bool]:
+        """A slot for exactly one call, and whether it was warm. End it with ``release``.
+
+        Raises:
+            HostError: none could be built.
+        """
+        self._count_lease()
+        if self._idle:
+            self._hits += 1
+            return self._idle.popleft(), True
+        self._misses += 1
+        wait = _Wait()
+        self._waiting.append(wait)
+        self._refill()
+        try:
+            await wait.event.wait()
+        except trio.Cancelled:
+            self._leased -= 1
+            if wait.slot is not None:
+                self._keep(wait.slot)
+            elif not wait.event.is_set():
+                self._waiting.remove(wait)
+            raise
+        if wait.slot is None:
+            self._leased -= 1
+            raise wait.error or HostError("the pool was closed")
+        return wait.slot, False
+
+    def release(self, slot: Slot) -> None:
+        """End a leased slot in the background and make room for the next."""
+        self._leased -= 1
+        self._discard(slot)
+        self._refill()
+
+    def shrink(self) -> None:
+        """Forget an old peak and end the slots that are more than wanted; called now and then."""
+        if trio.current_time() - self._peak_time > DECAY:
+            self._peak, self._peak_time = self._leased, trio.current_time()
+        while len(self._idle) > self.target:
+            self._discard(self._idle.popleft())
+        self._refill()
+
+    async def fill(self, count: int) -> None:
+        """Have ``count`` warm slots now, whatever the target (benchmarks, and tests of many idle sandboxes)."""
+        while len(self._idle) < count:
+            self._idle.append(await self._build())
+            self._built += 1
+
+    def statistics(self) -> PoolStats:
+        """The pool at this moment."""
+        return PoolStats(
+            idle=len(self._idle), building=self._building, waiting=len(self._waiting), leased=self._leased,
+            target=self.target, hits=self._hits, misses=self._misses, built=self._built, failed=self._failed,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End every idle slot; whoever waits gets an error."""
+        self._most = self._least = 0
+        while self._idle:
+            self._discard(self._idle.popleft())
+        while self._waiting:
+            self._waiting.popleft().event.set()
+
+    def _count_lease(self) -> None:
+        self._leased += 1
+        if self._leased >= self._peak:
+            self._peak, self._peak_time = self._leased, trio.current_time()
+
+    def _refill(self) -> None:
+        wanted = len(self._waiting) + max(0, self.target - len(self._idle))
+        while self._building < min(wanted, PARALLEL_BUILDS):
+            self._building += 1
+            self._nursery.start_soon(self._build_one)
+
+    async def _build_one(self) -> None:
+        try:
+            if self._pause and not self._waiting:
+                await trio.sleep(self._pause)
+            slot = await self._build()
+        except AgentrunError as error:
+            self._failed += 1
+            self._pause = min(RETRY_MOST, self._pause * 2 or 0.05)
+            if self._waiting:
+                wait = self._waiting.popleft()
+                wait.error = error
+                wait.event.set()
+        else:
+            self._built += 1
+            self._pause = 0.0
+            self._keep(slot)
+        finally:
+            self._building -= 1
+        if self._waiting or not self._pause:
+            self._refill()
+
+    def _keep(self, slot: Slot) -> None:
+        if self._waiting:
+            wait = self._waiting.popleft()
+            wait.slot = slot
+            wait.event.set()
+        elif len(self._idle) < self.target:
+            self._idle.append(slot)
+        else:
+            self._discard(slot)
+
+
+class _Wait:
+    """A lease that waits: its slot or its error, and the event that says so."""
+
+    __slots__ = ("error", "event", "slot")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.slot: Slot | None = None
+        self.error: Exception | None = None

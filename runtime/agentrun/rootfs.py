@@ -1,0 +1,138 @@
+"""The default image: the host's own root file system, read-only, as detached mounts.
+
+The root of a sandbox is a small tmpfs on which the host's top-level directories are attached read-only, without setuid and
+device nodes. Nothing is copied. What belongs to the machine or to its people is left out and replaced by something private
+or empty: /proc, /sys, /dev, /run, /tmp, /home, /root, /mnt, /media, /boot, /lost+found.
+
+The sandbox's user namespace does not map the host's users, so a file that only root or some user may read on the host
+cannot be read inside: every host file is owned by nobody there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from collections.abc import Iterator
+
+import msgspec
+
+from agentrun.errors import HostError
+from agentrun_shim import syscalls as sc
+
+PRIVATE = ("home", "mnt", "media", "root", "tmp")
+"""Directories that are the call's own, on its scratch tmpfs."""
+HIDDEN = frozenset({*PRIVATE, "boot", "dev", "lost+found", "proc", "run", "sys"})
+DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
+USER, UID, GID, HOME = "tool", 1000, 1000, "/home/tool"
+
+
+class RootFs(msgspec.Struct):
+    """Detached mounts ready for a plan. ``fds[0]`` is the root; ``moves`` are (fd index, path below the root)."""
+
+    fds: list[int]
+    moves: list[tuple[int, str]]
+    binds: list[tuple[str, str]]
+    has_var_tmp: bool
+
+    def close(self) -> None:
+        """Close the descriptors; the zygote has its own by then."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def open_host_root(host: str = "/") -> RootFs:
+    """Clone the host's root into detached mounts.
+
+    Raises:
+        HostError: a mount call failed; the message names it.
+    """
+    root = RootFs([], [], [], os.path.isdir(os.path.join(host, "var/tmp")))
+    try:
+        _build(root, host)
+    except OSError as error:
+        root.close()
+        raise HostError(f"preparing the host's root as an image: {error.filename}: {error.strerror}") from error
+    return root
+
+
+def _build(root: RootFs, host: str) -> None:
+    base = sc.new_filesystem("tmpfs", {"size": "1m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    root.fds.append(base)
+    for name in ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", *PRIVATE):
+        os.mkdir(name, 0o755, dir_fd=base)
+    for entry in sorted(os.scandir(host), key=lambda entry: entry.name):
+        if entry.name in HIDDEN:
+            continue
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), entry.name, dir_fd=base)
+        elif entry.is_dir():
+            os.mkdir(entry.name, 0o755, dir_fd=base)
+            _move(root, _clone_read_only(entry.path), entry.name)
+    # A fully visible /proc has to be there before a user namespace may mount its own (mount_too_revealing, fs/namespace.c).
+    _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
+    _build_dev(root, base, host)
+    _build_etc(root, base, host)
+
+
+def _clone_read_only(path: str) -> int:
+    fd = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+    try:
+        sc.mount_setattr(fd, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV, recursive=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _build_dev(root: RootFs, base: int, host: str) -> None:
+    for name in ("dev/pts", "dev/shm"):
+        os.mkdir(name, 0o755, dir_fd=base)
+    for name, target in _dev_links():
+        os.symlink(target, f"dev/{name}", dir_fd=base)
+    for name in DEVICES:
+        path = os.path.join(host, "dev", name)
+        if os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode):
+            os.close(os.open(f"dev/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base))
+            _move(root, sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE), f"dev/{name}")
+
+
+def _dev_links() -> Iterator[tuple[str, str]]:
+    yield "fd", "/proc/self/fd"
+    yield from ((name, f"/proc/self/fd/{number}") for number, name in enumerate(("stdin", "stdout", "stderr")))
+    yield "ptmx", "pts/ptmx"
+
+
+def _build_etc(root: RootFs, base: int, host: str) -> None:
+    """passwd and group with an entry for the tool's user, bound over the host's: git, pip and ssh ask who they are."""
+    for name in ("run/agentrun", "run/agentrun/etc", "run/agentrun/scratch"):
+        os.mkdir(name, 0o755, dir_fd=base)
+    entries = {
+        "passwd": f"{USER}:x:{UID}:{GID}:agentrun tool call:{HOME}:/bin/sh",
+        "group": f"{USER}:x:{GID}:",
+    }
+    for name, entry in entries.items():
+        path = os.path.join(host, "etc", name)
+        if os.path.isfile(path):
+            _write(base, f"run/agentrun/etc/{name}", _replace_entry(Path(path).read_bytes(), entry.encode()))
+            root.binds.append((f"run/agentrun/etc/{name}", f"etc/{name}"))
+
+
+def _replace_entry(text: bytes, entry: bytes) -> bytes:
+    """``text`` without the lines that have the name or the id of ``entry``, and with ``entry``."""
+    name, _, number = entry.split(b":")[:3]
+    kept = [line for line in text.splitlines() if line.split(b":")[0] != name and line.split(b":")[2:3] != [number]]
+    return b"\n".join([*kept, entry, b""])
+
+
+def _write(base: int, path: str, content: bytes) -> None:
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+
+
+def _move(root: RootFs, fd: int, path: str) -> None:
+    root.fds.append(fd)
+    root.moves.append((len(root.fds) - 1, path))

@@ -1,0 +1,175 @@
+"""A slot: one warm sandbox, from its leaf to its removal. Single use."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+
+import trio
+
+from agentrun.cgroup.leaf import Leaf
+from agentrun.cgroup.tree import Tree
+from agentrun.errors import HostError, SandboxError
+from agentrun.zygote import Cloned, IdMap, Zygote, step_name
+from agentrun_shim.plan import EVENT_SIZE, Event, Kind, unpack_event
+
+
+class Slot:
+    """init and runner inside their leaf, waiting. Whoever holds it must end it with ``dispose``."""
+
+    __slots__ = ("_init", "_init_pidfd", "_reaped", "_runner", "control", "id", "leaf", "runner_pidfd", "used_clone3")
+
+    def __init__(self, name: str, leaf: Leaf, control: socket.socket, cloned: Cloned) -> None:
+        self.id = name
+        self.leaf = leaf
+        self.control = control
+        self.runner_pidfd = cloned.runner_pidfd
+        self.used_clone3 = cloned.used_clone3
+        self._init, self._init_pidfd = cloned.init, cloned.init_pidfd
+        self._runner = cloned.runner
+        self._reaped = False
+
+    @property
+    def init(self) -> int:
+        """The host pid of the sandbox's PID 1."""
+        return self._init
+
+    def send(self, message: bytes, fds: Sequence[int]) -> int:
+        """Send RUN with its descriptors; returns how many bytes went out (a long command line may need ``send_rest``).
+
+        Raises:
+            BrokenPipeError: the runner has died: take another slot.
+        """
+        return self.control.sendmsg(
+            [message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], socket.MSG_NOSIGNAL
+        )
+
+    async def send_rest(self, message: bytes) -> None:
+        """Send the part of a RUN message that did not fit into the socket's buffer at once."""
+        view = memoryview(message)
+        while view:
+            try:
+                view = view[self.control.send(view, socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.control)
+
+    def events(self) -> list[Event]:
+        """What the runner has reported since READY; does not wait."""
+        try:
+            data = self.control.recv(4 * EVENT_SIZE)
+        except (BlockingIOError, ConnectionResetError):
+            return []
+        return [unpack_event(data[at:]) for at in range(0, len(data) - len(data) % EVENT_SIZE, EVENT_SIZE)]
+
+    def signal_group(self, number: int) -> None:
+        """Signal the tool's process group. Safe from pid reuse: the runner is our unreaped child."""
+        if not self._reaped:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._runner, number)
+
+    def reap(self) -> tuple[int, float, int, int, int]:
+        """Collect the tool once its pidfd is readable: (wait status, seconds of CPU, max RSS in bytes, blocks in, out)."""
+        _, status, usage = os.wait4(self._runner, 0)
+        self._reaped = True
+        return status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, usage.ru_inblock, usage.ru_oublock
+
+    def leftovers(self) -> bool:
+        """Something of the call outlived the tool: anything in the leaf but init."""
+        return any(pid != self._init for pid in self.leaf.pids())
+
+    async def wait_dead(self) -> None:
+        """Wait until everything in a killed sandbox has died; init is the last.
+
+        The runner is collected first: init's exit waits until its whole pid namespace has been reaped
+        (zap_pid_ns_processes), and the runner is our child, not init's.
+        """
+        if not self._reaped:
+            await trio.lowlevel.wait_readable(self.runner_pidfd)
+            self.reap()
+        await trio.lowlevel.wait_readable(self._init_pidfd)
+
+    async def dispose(self) -> None:
+        """Kill what is left, collect both processes, remove the leaf. Always completes; idempotent it is not."""
+        with trio.CancelScope(shield=True):
+            self.control.close()
+            with contextlib.suppress(ProcessLookupError):
+                # The end of a pid namespace's init is the end of everything in it: pid_namespaces(7).
+                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
+            await self.wait_dead()
+            os.waitpid(self._init, 0)
+            os.close(self._init_pidfd)
+            os.close(self.runner_pidfd)
+            await remove_leaf(self.leaf)
+
+
+async def remove_leaf(leaf: Leaf, patience: float = 10.0) -> None:
+    """rmdir a leaf whose processes are dying; the kernel may need a moment to let go of them (EBUSY).
+
+    Raises:
+        HostError: it is still busy after ``patience`` seconds.
+    """
+    delay = 0.0002
+    deadline = trio.current_time() + patience
+    while not leaf.remove_nowait():
+        if trio.current_time() > deadline:
+            where, pids = leaf.where, leaf.pids()
+            leaf.close()
+            raise HostError(f"removing {where}: still busy after {patience:g} s (processes: {pids or 'none'})")
+        await trio.sleep(delay)
+        delay = min(delay * 2, 0.05)
+
+
+async def build_slot(
+    zygote: Zygote, tree: Tree, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]
+) -> Slot:
+    """Make a leaf, clone a sandbox into it, and wait until it is warm.
+
+    Raises:
+        SandboxError: a step failed. Nothing is left behind.
+        HostError: the leaf or the zygote failed.
+    """
+    leaf = tree.leaf(tenant, f"call-{name}", files)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        leaf.remove_nowait()
+        raise HostError(f"making a sandbox's socket: {error.strerror} (raise LimitNOFILE, or keep fewer warm)") from error
+    ours.setblocking(False)
+    try:
+        cloned = await zygote.clone(theirs, leaf.fd, maps)
+    except BaseException:
+        ours.close()
+        with trio.CancelScope(shield=True):
+            await remove_leaf(leaf)
+        raise
+    finally:
+        theirs.close()
+    slot = Slot(name, leaf, ours, cloned)
+    try:
+        await _wait_ready(slot)
+    except BaseException:
+        await slot.dispose()
+        raise
+    return slot
+
+
+async def _wait_ready(slot: Slot) -> None:
+    data = b""
+    while len(data) < EVENT_SIZE:
+        try:
+            chunk = slot.control.recv(EVENT_SIZE - len(data))
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(slot.control)
+            continue
+        except ConnectionResetError:
+            chunk = b""
+        if not chunk:
+            raise HostError("a sandbox died while it was being built (its memory limit may be below what it needs itself)")
+        data += chunk
+    event = unpack_event(data)
+    if event.kind is not Kind.READY:
+        raise SandboxError(step_name(event.step), event.error, f"operation {event.op} of the plan")

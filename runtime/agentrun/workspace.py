@@ -1,0 +1,98 @@
+"""A workspace: a host directory inside the sandbox, at its own path, with its owner's rights and no others.
+
+The mount is idmapped: the caller's user and group on disk are the tool's inside, so files the tool makes come back as the
+caller's, and nothing else on that file system is more accessible than it is to the caller. Nothing is chowned.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Literal
+
+import msgspec
+
+from agentrun.errors import HostError, UsageError
+from agentrun_shim import syscalls as sc
+
+Mode = Literal["rw", "ro"]
+
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin", "/sys", "/usr")
+"""Not as a workspace, nor anything inside: it would put the caller's files where the system's are trusted."""
+_WHOLE = ("/", "/home", "/opt", "/srv", "/tmp", "/var")
+"""Not themselves, though directories inside them are fine."""
+
+
+class Workspace(msgspec.Struct, frozen=True):
+    """A directory to give to a tool call."""
+
+    path: str
+    mode: Mode = "rw"
+
+
+def open_directory(workspace: Workspace) -> int:
+    """An O_PATH descriptor of the directory, opened with the caller's own rights.
+
+    Raises:
+        UsageError: it is not a directory that can be opened.
+    """
+    try:
+        return os.open(workspace.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"workspace {workspace.path}: {reason}") from error
+
+
+def real_path(dirfd: int) -> str:
+    """Where an open directory is on the host; the path it will have in the sandbox.
+
+    Raises:
+        UsageError: it is a directory that must not be a workspace, has been removed, or is out of our sight.
+    """
+    path = os.readlink(f"/proc/self/fd/{dirfd}")
+    if not path.startswith("/") or not _same(path, dirfd):
+        raise UsageError(f"workspace {path}: the directory is gone, or in another mount namespace")
+    if path in _WHOLE or any(path == top or path.startswith(top + "/") for top in _SYSTEM):
+        raise UsageError(f"workspace {path}: a system directory cannot be a workspace")
+    return path
+
+
+def _same(path: str, dirfd: int) -> bool:
+    try:
+        there, here = os.stat(path), os.stat(dirfd)
+    except OSError:
+        return False
+    return stat.S_ISDIR(here.st_mode) and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def clone_mount(dirfd: int, path: str, mode: Mode, userns_fd: int) -> int:
+    """A detached mount of the directory, owners mapped through ``userns_fd``; mounts below it are not included.
+
+    Raises:
+        HostError: the file system cannot map owners; a read-only workspace does without.
+    """
+    try:
+        mount = sc.open_tree(dirfd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH)
+    except OSError as error:
+        raise HostError(f"workspace {path}: {error.strerror} (open_tree)") from error
+    flags = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | (sc.MOUNT_ATTR_RDONLY if mode == "ro" else 0)
+    try:
+        try:
+            sc.mount_setattr(mount, flags | sc.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            if mode == "rw":
+                raise HostError(
+                    f"workspace {path}: its file system cannot map owners (idmapped mounts: ext4, xfs, btrfs; tmpfs since"
+                    " Linux 6.3); move it, or take it read-only (:ro)"
+                ) from error
+            sc.mount_setattr(mount, flags)
+    except OSError as error:
+        os.close(mount)
+        raise HostError(f"workspace {path}: {error.strerror} (mount_setattr)") from error
+    except HostError:
+        os.close(mount)
+        raise
+    return mount

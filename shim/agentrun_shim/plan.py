@@ -1,0 +1,272 @@
+"""The plan: every message between the daemon and the native slot, defined once.
+
+The native side (``shim/native``) decides nothing. It executes a *plan*: a flat list of operations, versioned and
+length-checked, that this module packs. The C header is generated from the tables below when the package is built
+(``python -m agentrun_shim.plan``), so the two sides cannot drift apart.
+
+Who talks to whom::
+
+    daemon ──SHAPE──► zygote            once: build the mount template of one shape, keep the rest of the plan
+           ◄──DONE───
+    daemon ──SLOT───► zygote            many times: clone init and runner into a leaf
+           ◄──DONE───         + [init pidfd, runner pidfd]
+    daemon ◄──READY── runner            the sandbox is warm
+    daemon ──RUN────► runner            argv, env, cwd, stdio: become the tool
+           ◄─STARTED─                   the instant before execve
+           ◄─FAILED──                   or the step and errno that stopped it
+    daemon ──USERNS─► zygote            a user namespace with given maps, for idmapped mounts
+           ◄──DONE───         + [namespace fd]
+
+Zygote messages are datagrams (SOCK_SEQPACKET), RUN is a header and a body on a stream, so that a command line may be as
+long as the kernel allows. All integers are little-endian, as the machine's.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+MAGIC = 0x4C505241  # "ARPL"
+VERSION = 1
+MAX_MESSAGE = 65536
+"""Longest zygote datagram, bytes."""
+MAX_RUN = 4 * 1024 * 1024
+"""Longest RUN body, bytes. The kernel's own bound on argv and environment is a quarter of the stack limit: 2 MiB."""
+MAX_FILTER = 4096
+"""Most seccomp instructions: BPF_MAXINSNS of linux/bpf_common.h."""
+
+
+class Kind(enum.IntEnum):
+    """What a message is."""
+
+    SHAPE = 1
+    SLOT = 2
+    USERNS = 3
+    RUN = 4
+    ATTACH = 5
+    DONE = 16
+    READY = 17
+    STARTED = 18
+    FAILED = 19
+
+
+class Op(enum.IntEnum):
+    """One operation of a SHAPE plan. Who executes it: T the zygote's template, I init, R the runner."""
+
+    ROOT = 1  # T  fd a becomes the root of the template
+    MOVE = 2  # T  attach detached mount fd a at path
+    BIND = 3  # T  bind path to path
+    SETATTR = 4  # T  mount_setattr(path): set flags a, recursive if b
+    MOUNT = 16  # I  new file system: type, target, options; mount flags a
+    MKDIR = 17  # I  directory with mode a, owner b:c (ids inside)
+    SLOT_BIND = 18  # I  bind path to path
+    HOSTNAME = 19  # I  sethostname
+    LOOPBACK = 20  # I  bring lo up
+    RLIMIT = 32  # R  resource a; soft b, hard c (0xFFFFFFFF: unlimited; in units of d bytes)
+    IDS = 33  # R  uid a, gid b
+    FILTER = 34  # R  seccomp program
+
+
+STRINGS = {
+    Op.MOVE: 1, Op.BIND: 2, Op.SETATTR: 1, Op.MOUNT: 3, Op.MKDIR: 1, Op.SLOT_BIND: 2, Op.HOSTNAME: 1,
+}  # fmt: skip
+"""How many NUL-terminated strings an operation's payload holds; the others have none."""
+
+
+class Step(enum.IntEnum):
+    """Where something failed; FAILED and DONE carry it so that an error names the step."""
+
+    NONE = 0
+    MESSAGE = 1
+    PLAN = 2
+    TEMPLATE = 3
+    CLONE_INIT = 4
+    CLONE_RUNNER = 5
+    ID_MAP = 6
+    LEAF = 7
+    ENTER = 8
+    MOUNTS = 9
+    NETWORK = 10
+    IDENTITY = 11
+    CAPABILITIES = 12
+    FILTER = 13
+    RLIMITS = 14
+    STDIO = 15
+    WORKSPACE = 16
+    WORKING_DIRECTORY = 17
+    TERMINAL = 18
+    EXEC = 19
+
+
+class SlotFlag(enum.IntFlag):
+    """Flags of a SLOT request and of its answer."""
+
+    LEAF = 1  # the second fd is the leaf
+    NO_CLONE3 = 2  # request: use the fallback; answer: it was used
+
+
+class RunFlag(enum.IntFlag):
+    """Flags of a RUN request."""
+
+    TERMINAL = 1  # the first fd is the console socket; there are no stdio fds
+    ATTACH = 2  # the last fd is a mount to attach before the tool starts
+
+
+# name -> [(field, C type)]; the order is the wire order and every struct is naturally aligned.
+STRUCTS: dict[str, list[tuple[str, str]]] = {
+    "plan_header": [("magic", "uint32_t"), ("version", "uint16_t"), ("kind", "uint16_t"), ("length", "uint32_t"), ("nfds", "uint32_t")],
+    "plan_shape": [("namespaces", "uint32_t"), ("nops", "uint32_t")],
+    "plan_op": [("type", "uint32_t"), ("size", "uint32_t"), ("a", "uint32_t"), ("b", "uint32_t"), ("c", "uint32_t"), ("d", "uint32_t")],
+    "plan_slot": [("flags", "uint32_t"), ("nmaps", "uint32_t")],
+    "plan_map": [("gid", "uint32_t"), ("inside", "uint32_t"), ("outside", "uint32_t"), ("count", "uint32_t")],
+    "plan_done": [("error", "int32_t"), ("step", "uint32_t"), ("init", "int32_t"), ("runner", "int32_t"), ("flags", "uint32_t"), ("op", "uint32_t")],
+    "plan_run": [("flags", "uint32_t"), ("argc", "uint32_t"), ("envc", "uint32_t"), ("umask", "uint32_t"), ("nproc", "uint32_t"), ("reserved", "uint32_t")],
+    "plan_attach": [("flags", "uint32_t"), ("pathlen", "uint32_t")],
+    "plan_event": [("kind", "uint32_t"), ("step", "uint32_t"), ("error", "int32_t"), ("op", "uint32_t"), ("ns", "uint64_t")],
+}  # fmt: skip
+
+_CODES = {"uint16_t": "H", "uint32_t": "I", "int32_t": "i", "uint64_t": "Q"}
+_STRUCT = {name: struct.Struct("<" + "".join(_CODES[kind] for _, kind in fields)) for name, fields in STRUCTS.items()}
+HEADER_SIZE = _STRUCT["plan_header"].size
+EVENT_SIZE = _STRUCT["plan_event"].size
+DONE_SIZE = HEADER_SIZE + _STRUCT["plan_done"].size
+
+
+class PlanError(ValueError):
+    """A message that breaks the format: too long, a NUL inside a string, an unknown kind."""
+
+
+class Done(NamedTuple):
+    """The zygote's answer. ``error`` is an errno or 0; pids are 0 where there is no process."""
+
+    error: int
+    step: Step
+    init: int
+    runner: int
+    flags: SlotFlag
+    op: int
+
+
+class Event(NamedTuple):
+    """What a runner reports. ``ns`` is CLOCK_MONOTONIC; ``op`` the number of the plan operation that failed."""
+
+    kind: Kind
+    step: Step
+    error: int
+    op: int
+    ns: int
+
+
+def pack_op(op: Op, *strings: bytes, a: int = 0, b: int = 0, c: int = 0, d: int = 0, blob: bytes = b"") -> bytes:
+    """One operation of a SHAPE plan.
+
+    Raises:
+        PlanError: the number of strings is not the operation's, or one contains a NUL.
+    """
+    if len(strings) != STRINGS.get(op, 0):
+        raise PlanError(f"{op.name} takes {STRINGS.get(op, 0)} strings, not {len(strings)}")
+    payload = b"".join(_terminated(s) for s in strings) + blob
+    payload += bytes(-len(payload) % 8)
+    head = _STRUCT["plan_op"]
+    return head.pack(op, head.size + len(payload), a, b, c, d) + payload
+
+
+def pack_shape(namespaces: int, ops: Sequence[bytes], nfds: int) -> bytes:
+    """The SHAPE message: clone flags of the slot's namespaces and its operations."""
+    return _message(Kind.SHAPE, nfds, _STRUCT["plan_shape"].pack(namespaces, len(ops)) + b"".join(ops))
+
+
+def pack_slot(flags: SlotFlag, maps: Iterable[tuple[bool, int, int, int]], nfds: int) -> bytes:
+    """The SLOT message; ``maps`` are (is a gid map, first id inside, first id outside, count)."""
+    return _message(Kind.SLOT, nfds, _maps(flags, maps))
+
+
+def pack_userns(maps: Iterable[tuple[bool, int, int, int]]) -> bytes:
+    """The USERNS message: make a user namespace with these maps and send its fd."""
+    return _message(Kind.USERNS, 0, _maps(SlotFlag(0), maps))
+
+
+def pack_run(
+    argv: Sequence[bytes],
+    env: Sequence[bytes],
+    *,
+    cwd: bytes,
+    flags: RunFlag,
+    umask: int,
+    nproc: int,
+    attach: bytes,
+    nfds: int,
+) -> bytes:
+    """The RUN message: header and body. ``nproc`` is the call's RLIMIT_NPROC, 0 to keep the shape's.
+
+    Raises:
+        PlanError: a NUL in a string, or a body longer than MAX_RUN.
+    """
+    strings = b"".join([_terminated(cwd), _terminated(attach), *map(_terminated, argv), *map(_terminated, env)])
+    body = _STRUCT["plan_run"].pack(flags, len(argv), len(env), umask, nproc, 0) + strings
+    if len(body) > MAX_RUN:
+        raise PlanError(f"the command line and environment take {len(strings)} bytes; the limit is {MAX_RUN}")
+    return _STRUCT["plan_header"].pack(MAGIC, VERSION, Kind.RUN, HEADER_SIZE + len(body), nfds) + body
+
+
+def unpack_done(data: bytes) -> Done:
+    """Decode the zygote's answer.
+
+    Raises:
+        PlanError: it is not one of this version.
+    """
+    if len(data) != DONE_SIZE:
+        raise PlanError(f"the zygote's answer has {len(data)} bytes, not {DONE_SIZE}")
+    magic, version, kind, _length, _nfds = _STRUCT["plan_header"].unpack_from(data)
+    if (magic, version, kind) != (MAGIC, VERSION, Kind.DONE):
+        raise PlanError(f"the zygote answers in version {version}, kind {kind}; this is version {VERSION}")
+    error, step, init, runner, flags, op = _STRUCT["plan_done"].unpack_from(data, HEADER_SIZE)
+    return Done(error, Step(step), init, runner, SlotFlag(flags), op)
+
+
+def unpack_event(data: bytes) -> Event:
+    """Decode one event of a runner (the first ``EVENT_SIZE`` bytes of ``data``)."""
+    kind, step, error, op, ns = _STRUCT["plan_event"].unpack_from(data)
+    return Event(Kind(kind), Step(step), error, op, ns)
+
+
+def _terminated(text: bytes) -> bytes:
+    if b"\0" in text:
+        raise PlanError(f"a NUL byte in {text[:64]!r}")
+    return text + b"\0"
+
+
+def _maps(flags: SlotFlag, maps: Iterable[tuple[bool, int, int, int]]) -> bytes:
+    entries = [_STRUCT["plan_map"].pack(*entry) for entry in maps]
+    return _STRUCT["plan_slot"].pack(flags, len(entries)) + b"".join(entries)
+
+
+def _message(kind: Kind, nfds: int, body: bytes) -> bytes:
+    length = HEADER_SIZE + len(body)
+    if length > MAX_MESSAGE:
+        raise PlanError(f"a {kind.name} plan of {length} bytes; the limit is {MAX_MESSAGE}")
+    return _STRUCT["plan_header"].pack(MAGIC, VERSION, kind, length, nfds) + body
+
+
+def c_header() -> str:
+    """This module's tables as the C header the native programs are compiled with."""
+    lines = ["// Generated from agentrun_shim/plan.py by `python -m agentrun_shim.plan`. Do not edit.", "#pragma once"]
+    lines += ["#include <stdint.h>", ""]
+    for constant in ("MAGIC", "VERSION", "MAX_MESSAGE", "MAX_RUN", "MAX_FILTER"):
+        lines.append(f"#define PLAN_{constant} {globals()[constant]:#x}u")
+    for prefix, members in (("KIND", Kind), ("OP", Op), ("STEP", Step), ("SLOT", SlotFlag), ("RUN", RunFlag)):
+        body = ", ".join(f"{prefix}_{m.name} = {m.value}" for m in members)
+        lines.append(f"enum {{ {body} }};")
+    lines.append("static const struct { uint8_t type, strings; } op_strings[] = {")
+    lines += [f"    {{{op.value}, {STRINGS.get(op, 0)}}}," for op in Op]
+    lines.append("};")
+    for name, fields in STRUCTS.items():
+        lines.append(f"struct {name} {{ {' '.join(f'{kind} {field};' for field, kind in fields)} }};")
+        lines.append(f'_Static_assert(sizeof(struct {name}) == {_STRUCT[name].size}, "{name}");')
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(c_header(), end="")

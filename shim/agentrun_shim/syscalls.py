@@ -1,0 +1,96 @@
+"""The mount API, by the kernel's own names: five-line wrappers that turn errno into ``OSError`` at once.
+
+glibc gained these functions in 2.36; they are called by number, so that an older libc is no reason to fail. ``PyDLL`` keeps
+the GIL: none of these calls blocks, and releasing it costs more than the call.
+
+Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), mount_setattr(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Final
+
+AT_EMPTY_PATH: Final = 0x1000
+AT_FDCWD: Final = -100
+AT_RECURSIVE: Final = 0x8000
+FSCONFIG_CMD_CREATE: Final = 6
+FSCONFIG_SET_STRING: Final = 1
+FSMOUNT_CLOEXEC: Final = 1
+FSOPEN_CLOEXEC: Final = 1
+MOUNT_ATTR_IDMAP: Final = 0x00100000
+MOUNT_ATTR_NODEV: Final = 0x00000004
+MOUNT_ATTR_NOEXEC: Final = 0x00000008
+MOUNT_ATTR_NOSUID: Final = 0x00000002
+MOUNT_ATTR_RDONLY: Final = 0x00000001
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_NOSUID: Final = 2
+MS_PRIVATE: Final = 1 << 18
+MS_RDONLY: Final = 1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+OPEN_TREE_CLONE: Final = 1
+
+CLONE_NEWCGROUP: Final = 0x02000000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWNET: Final = 0x40000000
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWUTS: Final = 0x04000000
+
+_NR_OPEN_TREE, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_MOUNT_SETATTR = 428, 430, 431, 432, 442
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
+def _call(what: str, number: int, *args: object) -> int:
+    result: int = _syscall(ctypes.c_long(number), *args)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), what)
+    return result
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    """A detached clone of the mount at ``path`` (with OPEN_TREE_CLONE); returns its fd, close-on-exec."""
+    raw = os.fsencode(path)
+    return _call(
+        f"open_tree {path or f'fd {dirfd}'}", _NR_OPEN_TREE, ctypes.c_int(dirfd), raw, ctypes.c_uint(flags | OPEN_TREE_CLOEXEC)
+    )
+
+
+def new_filesystem(fstype: str, options: dict[str, str], attr_flags: int) -> int:
+    """A new, detached file system: fsopen, fsconfig and fsmount in one; returns the mount's fd, close-on-exec."""
+    fs = _call(f"fsopen {fstype}", _NR_FSOPEN, fstype.encode(), ctypes.c_uint(FSOPEN_CLOEXEC))
+    try:
+        for key, value in options.items():
+            _call(
+                f"fsconfig {fstype} {key}={value}", _NR_FSCONFIG, ctypes.c_int(fs), ctypes.c_uint(FSCONFIG_SET_STRING),
+                key.encode(), value.encode(), ctypes.c_int(0),
+            )  # fmt: skip
+        _call(
+            f"fsconfig {fstype}", _NR_FSCONFIG, ctypes.c_int(fs), ctypes.c_uint(FSCONFIG_CMD_CREATE), None, None, ctypes.c_int(0)
+        )
+        return _call(
+            f"fsmount {fstype}", _NR_FSMOUNT, ctypes.c_int(fs), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attr_flags)
+        )
+    finally:
+        os.close(fs)
+
+
+def mount_setattr(mount_fd: int, attr_set: int, *, recursive: bool = False, userns_fd: int = 0) -> None:
+    """Set flags of a detached mount and make it private; with MOUNT_ATTR_IDMAP, map its owners through ``userns_fd``."""
+    attr = _MountAttr(attr_set=attr_set, propagation=MS_PRIVATE, userns_fd=userns_fd)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _call(
+        f"mount_setattr {attr_set:#x}", _NR_MOUNT_SETATTR, ctypes.c_int(mount_fd), b"", ctypes.c_uint(flags),
+        ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
+    )  # fmt: skip
