@@ -1,1 +1,35 @@
-all:
+# Everything a fresh machine needs is installed by `make run` or `make test`: tools/setup does it, once.
+PY := .venv/bin/python
+
+.PHONY: run test test-vm check bench build clean setup
+
+setup: .venv/.ready
+
+.venv/.ready: tools/setup pyproject.toml hatch_build.py
+	tools/setup
+
+build: setup
+	$(PY) -m agentrun_shim.native
+
+# The main job on real input: real tools, each in its own sandbox, on this checkout.
+run: build
+	tools/demo
+
+check: build
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/mypy --explicit-package-bases tests/vm bench
+
+test: check
+	$(PY) -m pytest -q
+
+test-vm: build
+	$(PY) -m pytest -q -m vm tests/vm
+
+bench: build
+	$(PY) -m bench --install
+
+clean:
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/out shim/agentrun_shim/_native
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -78,6 +78,12 @@ class Call:
         if self.slot is not None:
             self.slot.leaf.kill()
 
+    def describe(self) -> dict[str, object]:
+        """One line of ``agentrun ps``."""
+        argv = [argument.decode("utf-8", "replace") for argument in self.request.argv]
+        return {"id": self.slot.id if self.slot else None, "tenant": self.request.tenant, "argv": argv,
+                "seconds": monotonic() - self.started, "policy": self.request.policy.name}  # fmt: skip
+
     async def finish(self, timeout: float | None) -> Result:
         """Wait for the end, or make it at the deadline; then collect and account.
 

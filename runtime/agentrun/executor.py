@@ -17,7 +17,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -93,7 +93,7 @@ class Executor:
         self._queue = trio.lowlevel.ParkingLot()
         self._running = self._count = self._completed = self._refused = self._stuck = 0
         self._closing = False
-        self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     async def run(
         self,
@@ -132,7 +132,7 @@ class Executor:
                 argv, policy=policy, tenant=tenant, workspace_fd=workspace_fd, workspace_mode=mode, cwd=cwd,
                 env=env, timeout=timeout,
             )  # fmt: skip
-            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self._null)
+            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
             try:
                 return await self.perform(request, stdio)
             finally:
@@ -150,7 +150,7 @@ class Executor:
         tenant: str = options.get("tenant", "default")
         with self._opened(workspace) as (workspace_fd, mode):
             request = self.resolve(argv, workspace_fd=workspace_fd, workspace_mode=mode, **options)
-            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self._null)
+            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
             try:
                 async with trio.open_nursery() as nursery:
                     running = Running()
@@ -308,7 +308,7 @@ class Executor:
                     zygote.close()
                 root = rootfs.open_host_root()
                 try:
-                    zygote = await Zygote.start(plan_shape(shape, root), root.fds, self._life_read)
+                    zygote = await Zygote.start(plan_shape(shape, root), root.fds, self._life_read, self._nursery)
                 finally:
                     root.close()
                 self._zygotes[shape] = zygote
@@ -355,12 +355,13 @@ class Executor:
 
     async def _close(self) -> None:
         self._closing = True
+        os.close(self.null_fd)
         for call in self._calls.values():
             call.kill()
         for pool in self._pools.values():
             pool.close()
         for zygote in self._zygotes.values():
-            zygote.close()
+            await zygote.aclose()
 
     @contextlib.contextmanager
     def _opened(self, workspace: Workspace | str | None) -> Iterator[tuple[int, str]]:
@@ -387,6 +388,8 @@ class Running:
         self._ended = trio.Event()
         self._result: Result | None = None
         self._error: AgentrunError | None = None
+        self.on_dispatched: Callable[[], None] | None = None
+        """Called once the tool has its descriptors."""
 
     @property
     def id(self) -> str:
@@ -423,6 +426,8 @@ class Running:
 
     def _started(self, call: Call) -> None:
         self._call = call
+        if self.on_dispatched is not None:
+            self.on_dispatched()
         self._begun.set()
 
     async def _run(

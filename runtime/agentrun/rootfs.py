@@ -20,10 +20,14 @@ import msgspec
 from agentrun.errors import HostError
 from agentrun_shim import syscalls as sc
 
-PRIVATE = ("home", "mnt", "media", "root", "tmp")
-"""Directories that are the call's own, on its scratch tmpfs."""
-HIDDEN = frozenset({*PRIVATE, "boot", "dev", "lost+found", "proc", "run", "sys"})
-DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
+PRIVATE = {"tmp": 0o1777, "home": 0o755}
+"""Directories that are the call's own, on its scratch tmpfs, with their modes."""
+ON_DEMAND = {"media": 0o755, "mnt": 0o755, "root": 0o755}
+"""The same, but only where a workspace has to be attached below one: every mount has its price in every sandbox."""
+HIDDEN = frozenset({*PRIVATE, *ON_DEMAND, "boot", "dev", "lost+found", "proc", "run", "sys"})
+SCRATCH = "/run/agentrun/scratch"
+DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+"""Name → major, minor: Documentation/admin-guide/devices.txt."""
 USER, UID, GID, HOME = "tool", 1000, 1000, "/home/tool"
 
 
@@ -57,9 +61,9 @@ def open_host_root(host: str = "/") -> RootFs:
 
 
 def _build(root: RootFs, host: str) -> None:
-    base = sc.new_filesystem("tmpfs", {"size": "1m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    base = sc.new_filesystem("tmpfs", {"size": "1m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
     root.fds.append(base)
-    for name in ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", *PRIVATE):
+    for name in ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", *PRIVATE, *ON_DEMAND):
         os.mkdir(name, 0o755, dir_fd=base)
     for entry in sorted(os.scandir(host), key=lambda entry: entry.name):
         if entry.name in HIDDEN:
@@ -68,7 +72,8 @@ def _build(root: RootFs, host: str) -> None:
             os.symlink(os.readlink(entry.path), entry.name, dir_fd=base)
         elif entry.is_dir():
             os.mkdir(entry.name, 0o755, dir_fd=base)
-            _move(root, _clone_read_only(entry.path), entry.name)
+            if os.listdir(entry.path):
+                _move(root, _clone_read_only(entry.path), entry.name)
     # A fully visible /proc has to be there before a user namespace may mount its own (mount_too_revealing, fs/namespace.c).
     _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
     _build_dev(root, base, host)
@@ -86,26 +91,29 @@ def _clone_read_only(path: str) -> int:
 
 
 def _build_dev(root: RootFs, base: int, host: str) -> None:
-    for name in ("dev/pts", "dev/shm"):
-        os.mkdir(name, 0o755, dir_fd=base)
+    os.mkdir("dev/pts", 0o755, dir_fd=base)
     for name, target in _dev_links():
         os.symlink(target, f"dev/{name}", dir_fd=base)
-    for name in DEVICES:
-        path = os.path.join(host, "dev", name)
-        if os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode):
+    for name, (major, minor) in DEVICES.items():
+        try:
+            os.mknod(f"dev/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=base)
+            os.chmod(f"dev/{name}", 0o666, dir_fd=base)
+        except PermissionError:
+            # A container around us may refuse device nodes; then the host's own is attached, one mount each.
             os.close(os.open(f"dev/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base))
-            _move(root, sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE), f"dev/{name}")
+            _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "dev", name), sc.OPEN_TREE_CLONE), f"dev/{name}")
 
 
 def _dev_links() -> Iterator[tuple[str, str]]:
     yield "fd", "/proc/self/fd"
     yield from ((name, f"/proc/self/fd/{number}") for number, name in enumerate(("stdin", "stdout", "stderr")))
     yield "ptmx", "pts/ptmx"
+    yield "shm", f"{SCRATCH}/shm"
 
 
 def _build_etc(root: RootFs, base: int, host: str) -> None:
     """passwd and group with an entry for the tool's user, bound over the host's: git, pip and ssh ask who they are."""
-    for name in ("run/agentrun", "run/agentrun/etc", "run/agentrun/scratch"):
+    for name in ("run/agentrun", "run/agentrun/etc", SCRATCH[1:]):
         os.mkdir(name, 0o755, dir_fd=base)
     entries = {
         "passwd": f"{USER}:x:{UID}:{GID}:agentrun tool call:{HOME}:/bin/sh",

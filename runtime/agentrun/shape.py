@@ -16,7 +16,7 @@ from agentrun_shim import syscalls as sc
 from agentrun_shim.plan import Op, pack_op, pack_shape
 
 HOSTNAME = b"sandbox"
-SCRATCH = b"/run/agentrun/scratch"
+SCRATCH = rootfs.SCRATCH.encode()
 ID_RANGE = 65536
 """User and group ids of one sandbox: 0 to 65535 inside."""
 
@@ -53,7 +53,7 @@ def _template(root: rootfs.RootFs) -> list[bytes]:
     for source, target in root.binds:
         ops.append(pack_op(Op.BIND, source.encode(), target.encode()))
         ops.append(pack_op(Op.SETATTR, target.encode(), a=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV))
-    ops.append(pack_op(Op.SETATTR, b".", a=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV))
+    ops.append(pack_op(Op.SETATTR, b".", a=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID))
     return ops
 
 
@@ -62,15 +62,15 @@ def _slot(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
     no_exec = sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC
     ops = [
         pack_op(Op.MOUNT, b"proc", b"/proc", b"", a=no_exec),
-        pack_op(Op.MOUNT, b"tmpfs", SCRATCH, b"mode=700,size=%d" % shape.scratch_size, a=sc.MS_NOSUID | sc.MS_NODEV),
+        pack_op(Op.MOUNT, b"tmpfs", SCRATCH, b"mode=711,size=%d" % shape.scratch_size, a=sc.MS_NOSUID | sc.MS_NODEV),
         pack_op(Op.MOUNT, b"devpts", b"/dev/pts", b"newinstance,ptmxmode=0666,mode=0620,gid=5", a=sc.MS_NOSUID | sc.MS_NOEXEC),
         pack_op(Op.MOUNT, b"cgroup2", b"/sys/fs/cgroup", b"", a=no_exec | sc.MS_RDONLY),
     ]
-    targets = {name: f"/{name}" for name in rootfs.PRIVATE} | {"shm": "/dev/shm"}
-    for name, target in targets.items():
+    for name, mode in {**rootfs.PRIVATE, **rootfs.ON_DEMAND, "shm": 0o1777}.items():
         source = SCRATCH + b"/" + name.encode()
-        ops.append(pack_op(Op.MKDIR, source, a=0o1777 if name in ("tmp", "shm") else 0o755, b=0, c=0))
-        ops.append(pack_op(Op.SLOT_BIND, source, target.encode()))
+        ops.append(pack_op(Op.MKDIR, source, a=mode))
+        if name != "shm":
+            ops.append(pack_op(Op.SLOT_BIND, source, b"/" + name.encode(), a=name in rootfs.ON_DEMAND))
     if root.has_var_tmp:
         ops.append(pack_op(Op.SLOT_BIND, SCRATCH + b"/tmp", b"/var/tmp"))
     ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=rootfs.UID, c=rootfs.GID))

@@ -124,7 +124,14 @@ async def remove_leaf(leaf: Leaf, patience: float = 10.0) -> None:
 
 
 async def build_slot(
-    zygote: Zygote, tree: Tree, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]
+    zygote: Zygote,
+    tree: Tree,
+    tenant: str,
+    name: str,
+    files: Mapping[str, str],
+    maps: Sequence[IdMap],
+    *,
+    use_clone3: bool = True,
 ) -> Slot:
     """Make a leaf, clone a sandbox into it, and wait until it is warm.
 
@@ -140,11 +147,11 @@ async def build_slot(
         raise HostError(f"making a sandbox's socket: {error.strerror} (raise LimitNOFILE, or keep fewer warm)") from error
     ours.setblocking(False)
     try:
-        cloned = await zygote.clone(theirs, leaf.fd, maps)
+        cloned = await zygote.clone(theirs, leaf.fd, maps, use_clone3=use_clone3)
     except BaseException:
         ours.close()
         with trio.CancelScope(shield=True):
-            await remove_leaf(leaf)
+            await _abandon(leaf)
         raise
     finally:
         theirs.close()
@@ -155,6 +162,18 @@ async def build_slot(
         await slot.dispose()
         raise
     return slot
+
+
+async def _abandon(leaf: Leaf) -> None:
+    """Remove a leaf whose sandbox nobody took over: a zygote that died may have left clones in it, and they are ours."""
+    pids = leaf.pids()
+    if pids:
+        leaf.kill()
+    for pid in reversed(pids):  # the runner before init
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(pid, os.WNOHANG) == (0, 0):
+                await trio.sleep(0.001)
+    await remove_leaf(leaf)
 
 
 async def _wait_ready(slot: Slot) -> None:

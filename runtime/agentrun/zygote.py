@@ -13,6 +13,7 @@ import fcntl
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -20,7 +21,7 @@ import trio
 
 from agentrun.errors import HostError, SandboxError
 from agentrun_shim.native import slot_program
-from agentrun_shim.plan import DONE_SIZE, Done, PlanError, SlotFlag, Step, pack_slot, pack_userns, unpack_done
+from agentrun_shim.plan import DONE_SIZE, Done, SlotFlag, Step, pack_slot, pack_userns, unpack_done
 
 IdMap = tuple[bool, int, int, int]
 """(is a gid map, first id inside, first id outside, count)"""
@@ -42,11 +43,11 @@ class Zygote:
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
         self._sock = sock
-        self._lock = trio.Lock()
+        self._answers: deque[_Answer] = deque()
         self._userns: dict[tuple[IdMap, ...], int] = {}
 
     @classmethod
-    async def start(cls, plan: bytes, fds: Sequence[int], life_fd: int) -> Self:
+    async def start(cls, plan: bytes, fds: Sequence[int], life_fd: int, nursery: trio.Nursery) -> Self:
         """Spawn a zygote and give it its plan. ``life_fd`` is the read end of the pipe whose end of file ends its slots.
 
         Raises:
@@ -75,6 +76,7 @@ class Zygote:
                 os.close(fd)
         ours.setblocking(False)
         zygote = cls(pid, ours)
+        nursery.start_soon(zygote.serve, name="agentrun zygote")
         try:
             await zygote._request(plan, fds)
         except BaseException:
@@ -112,43 +114,52 @@ class Zygote:
         return self._userns[maps]
 
     async def _request(self, message: bytes, fds: Sequence[int]) -> tuple[Done, list[int]]:
-        # One request at a time: the zygote is serial, and an answer that cancellation left behind would be taken for the
-        # next one's. So a request that was sent is always finished.
-        async with self._lock:
-            with trio.CancelScope(shield=True):
-                return await self._exchange(message, fds)
-
-    async def _exchange(self, message: bytes, fds: Sequence[int]) -> tuple[Done, list[int]]:
+        """Send one request and wait for its answer. Requests may overlap; the zygote answers in their order."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._sock.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise HostError(f"the zygote (pid {self._pid}) is gone: {error.strerror}") from error
+        answer = _Answer()
+        self._answers.append(answer)
+        # A request that was sent is always finished: what it made has to be taken over by somebody.
+        with trio.CancelScope(shield=True):
+            await answer.event.wait()
+        if answer.done is None:
+            raise HostError(f"the zygote (pid {self._pid}) died while it was building a sandbox")
+        if answer.done.error:
+            await _undo(answer.done, answer.fds)
+            raise SandboxError(step_name(answer.done.step), answer.done.error, _detail(answer.done))
+        return answer.done, answer.fds
+
+    async def serve(self) -> None:
+        """Receive the answers, until the zygote ends. Runs beside everything that uses it."""
+        try:
             while True:
                 try:
                     data, ancillary, _, _ = self._sock.recvmsg(DONE_SIZE + 1, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
-                    break
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(self._sock)
-        except (OSError, trio.ClosedResourceError) as error:
-            raise HostError(f"the zygote (pid {self._pid}) is gone: {error}") from error
-        received = _received_fds(ancillary)
-        if not data:
-            raise HostError(f"the zygote (pid {self._pid}) died while it was building a sandbox")
-        try:
-            done = unpack_done(data)
-        except PlanError as error:
-            raise HostError(str(error)) from error
-        if done.error:
-            # The runner before init: see Slot.wait_dead.
-            for pid, fd in reversed(list(zip((done.init, done.runner), received, strict=False))):
-                if pid:
-                    await _reap_killed(pid, fd)
-            for fd in received:
-                os.close(fd)
-            raise SandboxError(step_name(done.step), done.error, _detail(done.step, done.op, done.error))
-        return done, received
+                    continue
+                if not data:
+                    return
+                answer = self._answers.popleft()
+                answer.done, answer.fds = unpack_done(data), _received_fds(ancillary)
+                answer.event.set()
+        except (OSError, trio.ClosedResourceError):
+            return
+        finally:
+            while self._answers:
+                self._answers.popleft().event.set()
+
+    async def aclose(self) -> None:
+        """Let it finish what it was asked, then end it and collect it. Slots it made live on."""
+        while self._answers:
+            await self._answers[-1].event.wait()
+        self.close()
 
     def close(self) -> None:
-        """End it and collect it. Slots it made live on."""
+        """End it and collect it, whatever it is doing."""
         for fd in self._userns.values():
             os.close(fd)
         self._userns.clear()
@@ -164,22 +175,39 @@ def step_name(step: Step) -> str:
     return step.name.lower().replace("_", " ")
 
 
-def _detail(step: Step, op: int, number: int) -> str:
+def _detail(done: Done) -> str:
+    step, number = done.step, done.error
     if number == errno.EPERM and step in (Step.CLONE_INIT, Step.MOUNTS, Step.TEMPLATE):
         return "namespaces are refused here: agentrun needs root, and a container around it must allow unshare and mount"
     if number == errno.ENOSPC and step is Step.CLONE_INIT:
         return "too many namespaces: see /proc/sys/user/max_*_namespaces"
     if step in (Step.PLAN, Step.TEMPLATE, Step.MOUNTS):
-        return f"operation {op} of the plan"
+        return f"operation {done.op} of the plan"
     return ""
 
 
-async def _reap_killed(pid: int, pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    await trio.lowlevel.wait_readable(pidfd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
+async def _undo(done: Done, fds: list[int]) -> None:
+    """Kill and collect what a request had cloned before it failed; the runner before init: see Slot.wait_dead."""
+    with trio.CancelScope(shield=True):
+        for pid, pidfd in reversed(list(zip((done.init, done.runner), fds, strict=False))):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(pidfd)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+    for fd in fds:
+        os.close(fd)
+
+
+class _Answer:
+    """One request's place in the line; ``done`` stays None if the zygote died."""
+
+    __slots__ = ("done", "event", "fds")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.done: Done | None = None
+        self.fds: list[int] = []
 
 
 def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -61,7 +61,7 @@ class Op(enum.IntEnum):
     SETATTR = 4  # T  mount_setattr(path): set flags a, recursive if b
     MOUNT = 16  # I  new file system: type, target, options; mount flags a
     MKDIR = 17  # I  directory with mode a, owner b:c (ids inside)
-    SLOT_BIND = 18  # I  bind path to path
+    SLOT_BIND = 18  # I  bind path to path; a: not before a workspace is attached below it
     HOSTNAME = 19  # I  sethostname
     LOOPBACK = 20  # I  bring lo up
     RLIMIT = 32  # R  resource a; soft b, hard c (0xFFFFFFFF: unlimited; in units of d bytes)

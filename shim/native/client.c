@@ -223,6 +223,10 @@ static int report(bool print, int result, const char *result_path) {
     if (err < 0) fail(125, "result ", result_path, ": ", error_text(err), NULL);
     if (print) err = write_all(1, json.bytes, json.n);
     if (err < 0) fail(125, "cannot print the result: ", error_text(err), NULL);
+    if (!print && message.kind == BYTES) {
+        message.bytes[message.n] = 0;
+        fail((int)status.n, message.bytes, NULL);
+    }
     return (int)status.n;
 }
 

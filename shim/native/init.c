@@ -27,6 +27,10 @@ static long make_dir(const struct plan_op *op, const char *path) {
     return SYS2(__NR_chmod, path, op->a);
 }
 
+static long bind(const struct plan_op *op) {
+    return SYS5(__NR_mount, op_text(op), text_next(op_text(op)), NULL, MS_BIND, NULL);
+}
+
 static long execute(const struct plan_op *op, uint32_t *step) {
     const char *one = op_text(op), *two;
     *step = op->type == OP_LOOPBACK ? STEP_NETWORK : STEP_MOUNTS;
@@ -35,7 +39,7 @@ static long execute(const struct plan_op *op, uint32_t *step) {
         two = text_next(one);
         return SYS5(__NR_mount, one, two, one, op->a, text_next(two));
     case OP_MKDIR: return make_dir(op, one);
-    case OP_SLOT_BIND: return SYS5(__NR_mount, one, text_next(one), NULL, MS_BIND, NULL);
+    case OP_SLOT_BIND: return op->a ? 0 : bind(op);
     case OP_HOSTNAME: return SYS2(__NR_sethostname, one, str_len(one));
     case OP_LOOPBACK: return loopback_up();
     default: return 0;  // the template's or the runner's
@@ -63,15 +67,26 @@ static bool prepare(const struct shape *shape, struct failure *why) {
     return true;
 }
 
+static bool below(const char *path, const char *top) {
+    size_t n = str_len(top);
+    return memcmp(path, top, n) == 0 && path[n] == '/';
+}
+
 // Attach one mount at its path, whose missing directories are made where the slot's own file systems allow it.
-static long attach(int mount_fd, char *path) {
+static long attach(const struct shape *shape, int mount_fd, char *path) {
+    const struct plan_op *op = shape->first;
+    for (uint32_t i = 0; i < shape->nops; i++, op = op_next(op))
+        if (op->type == OP_SLOT_BIND && op->a && below(path, text_next(op_text(op)))) {
+            long err = bind(op);
+            if (err < 0) return err;
+        }
     for (char *p = path + 1; *p; p++)
         if (*p == '/') *p = 0, SYS2(__NR_mkdir, path, 0755), *p = '/';
     SYS2(__NR_mkdir, path, 0755);  // what could not be made shows as ENOENT in the next line
     return SYS5(__NR_move_mount, mount_fd, "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH);
 }
 
-static void serve_attach(void) {
+static void serve_attach(const struct shape *shape) {
     static char msg[sizeof(struct plan_attach) + 4096 + 1];
     const struct plan_attach *request = (const void *)msg;
     int fds[MAX_FDS];
@@ -79,7 +94,7 @@ static void serve_attach(void) {
     long n = recv_fds(FD_PAIR, msg, sizeof msg - 1, fds, &nfds);
     if (n > (long)sizeof *request && nfds == 1) {
         msg[n] = 0;
-        long err = attach(fds[0], msg + sizeof *request);
+        long err = attach(shape, fds[0], msg + sizeof *request);
         struct plan_event answer = {err < 0 ? KIND_FAILED : KIND_READY, STEP_WORKSPACE, (int)-err, 0, 0};
         send_fds(FD_PAIR, &answer, sizeof answer, NULL, 0);
     }
@@ -108,7 +123,7 @@ void init_main(const struct shape *shape, int pair) {
         if (n < 0 && n != -EINTR) sys_exit(1);
         if (n > 0 && poll[0].revents) sys_exit(0);
         if (n > 0 && poll[1].revents) {
-            serve_attach();
+            serve_attach(shape);
             if (SYS2(__NR_fcntl, FD_PAIR, F_GETFD) < 0) poll[1].fd = -1;
         }
     }

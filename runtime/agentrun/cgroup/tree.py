@@ -116,7 +116,7 @@ class Tree:
         try:
             _clear(self.fd, self.path)  # a dead owner of the same name
             self.controllers = self._enable()
-            self._files = self._probe_files()
+            self.files = self._probe_files()
         except BaseException:
             self.close()
             raise
@@ -147,9 +147,9 @@ class Tree:
         """What to write to a leaf for ``limits``, and which of them nothing here can enforce."""
         if limits not in self._plans:
             files = plan_limits(limits)
-            missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self._files)
+            missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self.files)
             self._plans[limits] = (
-                {name: text for name, text in files.items() if name in self._files},
+                {name: text for name, text in files.items() if name in self.files},
                 tuple(item for item in missing if item.limit not in COVERED),
             )
         return self._plans[limits]

@@ -1,0 +1,7 @@
+"""``python -m agentrun.cli``."""
+
+import sys
+
+from agentrun.cli import main
+
+sys.exit(main())

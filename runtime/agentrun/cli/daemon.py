@@ -1,0 +1,113 @@
+"""``agentrun daemon``, and the private runtime of a single ``agentrun exec``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import grp
+import os
+import resource
+import signal
+import socket
+from pathlib import Path
+
+import msgspec
+import trio
+
+from agentrun import notify
+from agentrun.config import DaemonConfig, executor_config, load_config
+from agentrun.daemon import Daemon, open_listener
+from agentrun.errors import AgentrunError, UsageError
+from agentrun.executor import ExecutorConfig, open_executor
+from agentrun.policy import DEFAULT
+from agentrun.protocol import error_frame
+
+
+def add_arguments(parser: argparse.ArgumentParser, _verb: str) -> None:
+    """Options of ``agentrun daemon``."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="instead of /etc/agentrun/config.toml")
+    parser.add_argument("--socket", metavar="PATH", help="instead of the configuration's")
+    parser.add_argument("--group", metavar="NAME", help="whose members may connect (mode 0660); else only root may")
+    parser.add_argument("--name", default="daemon", help="of its cgroup, agentrun-NAME (default: daemon)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    config = load_config(args.config)
+    if args.socket:
+        config = msgspec.structs.replace(config, socket=args.socket)
+    if args.group:
+        config = msgspec.structs.replace(config, group=args.group)
+    _raise_descriptor_limit()
+    try:
+        trio.run(_serve, config, args.name)
+    except BaseExceptionGroup as group:
+        wanted, rest = group.split(AgentrunError)
+        if wanted is None or rest is not None:
+            raise
+        error: BaseException = wanted
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
+    return 0
+
+
+async def _serve(config: DaemonConfig, name: str) -> None:
+    passed = notify.listen_fds()
+    if passed:
+        listeners = [trio.socket.from_stdlib_socket(socket.socket(fileno=fd)) for fd, _ in passed]
+    else:
+        listeners = [open_listener(config.socket, _group_id(config.group))]
+    try:
+        async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
+            daemon = Daemon(executor, config)
+            await executor.warm_up(DEFAULT, count=config.pool_least)
+            nursery.start_soon(daemon.serve, listeners)
+            notify.notify(f"READY=1\nSTATUS=serving on {config.socket}")
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    break
+            notify.notify("STOPPING=1")
+            nursery.cancel_scope.cancel()
+    finally:
+        for listener in listeners:
+            listener.close()
+        if not passed:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(config.socket)
+
+
+def serve_one(fd: int) -> int:
+    """Serve the one connection ``fd`` with an executor of its own: what `agentrun exec` does where no daemon is."""
+    trio.run(_serve_one, fd)
+    return 0
+
+
+async def _serve_one(fd: int) -> None:
+    sock = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+    try:
+        async with open_executor(ExecutorConfig(pool_least=0, pool_most=0)) as executor:
+            await Daemon(executor, DaemonConfig(), private=True).handle(sock)
+    except AgentrunError as error:
+        with contextlib.suppress(OSError):
+            await sock.send(error_frame(error.exit_code, str(error)))
+    finally:
+        sock.close()
+
+
+def _group_id(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(f"group: there is no group {name!r}") from None
+
+
+def _raise_descriptor_limit() -> None:
+    """Every warm sandbox takes four descriptors; select(2) is not used here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+

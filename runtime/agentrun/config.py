@@ -1,0 +1,81 @@
+"""The daemon's configuration: /etc/agentrun/config.toml. Every key has a default, and an unknown key is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from agentrun.errors import UsageError
+from agentrun.executor import ExecutorConfig
+from agentrun.policy import Limits, parse_size
+from agentrun.request import check_tenant
+
+DEFAULT_PATH = Path("/etc/agentrun/config.toml")
+DEFAULT_SOCKET = "/run/agentrun/agentrun.sock"
+
+
+class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tenant's budget, and who may call in its name."""
+
+    memory: str | None = None
+    """Bytes all its calls may use together, such as ``4G``."""
+    pids: int | None = None
+    cpus: float | None = None
+    cpu_weight: int | None = None
+    uids: list[int] = []
+    """Users other than root who may name this tenant."""
+
+
+class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    socket: str = DEFAULT_SOCKET
+    group: str | None = None
+    """A group whose members may connect (mode 0660); without it only root may (0600)."""
+    max_running: int = 64
+    max_queued: int = 1024
+    pool_least: int = 4
+    pool_most: int = 32
+    tenants: dict[str, TenantConfig] = {}
+
+
+def load_config(path: Path | None) -> DaemonConfig:
+    """Read a file; without one, /etc/agentrun/config.toml if it exists.
+
+    Raises:
+        UsageError: it cannot be read, or a key or value is wrong; the message names file and key.
+    """
+    chosen = path or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
+    if chosen is None:
+        return DaemonConfig()
+    try:
+        config = msgspec.toml.decode(chosen.read_bytes(), type=DaemonConfig)
+        for name, tenant in config.tenants.items():
+            check_tenant(name)
+            _budget(name, tenant)
+        if min(config.max_running, config.pool_most) < 1 or min(config.max_queued, config.pool_least) < 0:
+            raise UsageError("max_running and pool_most are at least 1, max_queued and pool_least at least 0")
+    except OSError as error:
+        raise UsageError(f"{chosen}: {error.strerror}") from error
+    except (msgspec.ValidationError, msgspec.DecodeError, UsageError) as error:
+        raise UsageError(f"{chosen}: {error}") from error
+    return config
+
+
+def executor_config(config: DaemonConfig, name: str) -> ExecutorConfig:
+    """What the daemon's executor is opened with."""
+    return ExecutorConfig(
+        name=name, max_running=config.max_running, max_queued=config.max_queued, pool_least=config.pool_least,
+        pool_most=config.pool_most, tenant_limits={name: _budget(name, tenant) for name, tenant in config.tenants.items()},
+    )  # fmt: skip
+
+
+def _budget(name: str, tenant: TenantConfig) -> Limits:
+    return Limits(
+        memory_max=parse_size(tenant.memory, f"tenants.{name}.memory") if tenant.memory else None,
+        memory_swap_max=None,
+        pids_max=tenant.pids,
+        cpus=tenant.cpus,
+        cpu_weight=tenant.cpu_weight,
+    )

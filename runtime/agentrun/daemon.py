@@ -1,0 +1,286 @@
+"""agentrund: the executor behind a unix socket.
+
+One connection, one request, one answer. While a call runs its connection is watched: a ``signal`` frame is passed on, and a
+client that goes away takes its call with it. Descriptors travel to the sandbox and are never read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from time import time
+
+import msgspec
+import trio
+
+from agentrun.config import DaemonConfig
+from agentrun.errors import AgentrunError, UsageError
+from agentrun.executor import Executor, Running
+from agentrun.policy import Policy, find_policy, parse_net, parse_number, parse_size
+from agentrun.protocol import (
+    Exec, Kill, Options, ProtocolError, Ps, Signal, Stats, Status, decode, error_frame, receive_frame, reply_frame, result_frame,
+)  # fmt: skip
+from agentrun.request import Request
+from agentrun.stdio import Stdio, own_pipe
+from agentrun.types import Result
+
+FIRST_FRAME_SECONDS = 10.0
+"""A client that connects and says nothing is let go."""
+_PEERCRED = struct.Struct("iII")
+
+
+class Daemon:
+    """Serves connections with an executor."""
+
+    def __init__(self, executor: Executor, config: DaemonConfig, *, private: bool = False) -> None:
+        self._executor = executor
+        self._config = config
+        self._private = private
+        self._started = time()
+
+    async def serve(self, listeners: Sequence[trio.socket.SocketType]) -> None:
+        """Accept and handle connections until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                nursery.start_soon(self._accept, listener, nursery)
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                connection, _ = await listener.accept()
+            except OSError:
+                await trio.sleep(0.1)  # out of descriptors: those that run now will give theirs back
+                continue
+            nursery.start_soon(self.handle, connection)
+
+    async def handle(self, sock: trio.socket.SocketType) -> None:
+        """One connection, whatever it brings."""
+        with sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            try:
+                with trio.fail_after(FIRST_FRAME_SECONDS):
+                    received = await receive_frame(sock)
+                if received is None:
+                    return
+                answer = await self._answer(sock, *received)
+            except ProtocolError as error:
+                answer = error_frame(2, str(error))
+            except trio.TooSlowError:
+                answer = error_frame(2, f"no request within {FIRST_FRAME_SECONDS:g} s")
+            except AgentrunError as error:
+                answer = error_frame(error.exit_code, str(error))
+            if answer:
+                await _send_all(sock, answer)
+
+    async def _answer(self, sock: trio.socket.SocketType, frame: bytes, fds: list[int]) -> bytes | None:
+        try:
+            request = decode(frame)
+            if isinstance(request, Exec):
+                return await self._exec(sock, request, fds)
+            if isinstance(request, Signal):
+                raise ProtocolError("a signal before a call")
+            return reply_frame(self._ask(request, _peer(sock)[1]))
+        finally:
+            _close_all(fds)
+
+    async def _exec(self, sock: trio.socket.SocketType, request: Exec, fds: list[int]) -> bytes | None:
+        if len(request.fds) != len(fds) or len(set(request.fds)) != len(fds):
+            raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
+        named = dict(zip(request.fds, fds, strict=True))
+        resolved = self._resolve(request, named.get("workspace", -1), _peer(sock))
+        owner = self._executor.owner(resolved.tenant)
+        stdio = self._stdio(request, named, owner)
+        running = Running()
+        result: Result | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, sock, running, nursery.cancel_scope)
+                running.on_dispatched = functools.partial(_close_passed, fds, named.get("workspace", -1))
+                result = await self._executor.perform(resolved, stdio, running)
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _only(group) from None
+        finally:
+            stdio.close()
+        if result is None:
+            return None  # the client has gone, and its call with it
+        if self._private:
+            result = msgspec.structs.replace(result, private_runtime=True)
+        return result_frame(result.returncode, result.to_json(), result.verdict.message if result.verdict else None)
+
+    async def _watch(self, sock: trio.socket.SocketType, running: Running, scope: trio.CancelScope) -> None:
+        """The client's side of a running call: signals, or its end."""
+        while True:
+            try:
+                received = await receive_frame(sock)
+            except (ProtocolError, OSError):
+                received = None
+            if received is None:
+                scope.cancel()
+                return
+            frame, fds = received
+            _close_all(fds)
+            with contextlib.suppress(ProtocolError):
+                message = decode(frame)
+                if isinstance(message, Signal) and 0 < message.signal < signal.NSIG:
+                    running.send_signal(message.signal)
+
+    def _resolve(self, request: Exec, workspace_fd: int, peer: tuple[int, int, int]) -> Request:
+        options = request.options
+        _, uid, gid = peer
+        return self._executor.resolve(
+            request.argv,
+            policy=apply_options(find_policy(options.policy), options),
+            tenant=self._tenant(options.tenant, uid),
+            workspace_fd=workspace_fd,
+            workspace_mode=options.workspace,
+            cwd=options.cwd,
+            env=request.env,
+            caller=(uid, gid),
+        )
+
+    def _tenant(self, named: str | None, uid: int) -> str:
+        """Root calls for any tenant; others for their own, ``uid-<number>``, and for those that list them."""
+        if uid == 0:
+            return named or "default"
+        own = f"uid-{uid}"
+        if named in (None, own):
+            return own
+        tenant = self._config.tenants.get(str(named))
+        if tenant is None or uid not in tenant.uids:
+            raise UsageError(f"tenant: user {uid} may not call for {named!r} (yours is {own})")
+        return str(named)
+
+    def _stdio(self, request: Exec, named: dict[str, int], owner: tuple[int, int]) -> Stdio:
+        if "console" in named:
+            return Stdio.for_terminal(named["console"])
+        capture = bool(request.options.capture)
+        null = self._executor.null_fd
+        outputs = [named.get(name, None if capture else null) for name in ("stdout", "stderr")]
+        for fd in (named.get("stdin"), *outputs):
+            if fd is not None and fd != null:
+                own_pipe(fd, owner)
+        return Stdio.for_run(named.get("stdin"), *outputs, owner, self._executor.config.capture_limit, null)
+
+    def _ask(self, request: Status | Ps | Stats | Kill, uid: int) -> object:
+        executor = self._executor
+        calls = {name: call for name, call in executor.calls().items() if uid == 0 or call.request.tenant == f"uid-{uid}"}
+        if isinstance(request, Status):
+            return {"pid": os.getpid(), "started": self._started, "cgroup": str(executor.tree.path),
+                    "controllers": sorted(executor.tree.controllers), "running": len(executor.calls())}  # fmt: skip
+        if isinstance(request, Ps):
+            return {"calls": [call.describe() for call in calls.values()]}
+        if isinstance(request, Stats):
+            return msgspec.to_builtins(executor.statistics())
+        call = calls.get(request.id)
+        if call is None or call.slot is None:
+            raise UsageError(f"no call {request.id!r} runs")
+        if request.signal is None:
+            call.kill()
+        elif 0 < request.signal < signal.NSIG:
+            call.slot.signal_group(request.signal)
+        else:
+            raise UsageError(f"signal: {request.signal} is none")
+        return {"id": request.id}
+
+
+def apply_options(policy: Policy, options: Options) -> Policy:
+    """A policy with the command line's numbers laid over it.
+
+    Raises:
+        UsageError: naming the option and what would be right.
+    """
+    changes: dict[str, object] = {}
+    limits: dict[str, object] = {}
+    if options.memory is not None:
+        limits["memory_max"] = parse_size(options.memory, "--memory")
+    if options.cpus is not None:
+        limits["cpus"] = parse_number(options.cpus, "--cpus", least=0.01, most=4096)
+    if options.pids is not None:
+        limits["pids_max"] = int(parse_number(options.pids, "--pids", least=1, most=4194304, whole=True))
+    if options.timeout is not None:
+        changes["timeout"] = parse_number(options.timeout, "--timeout", least=0.001, most=1e9)
+    if options.net is not None:
+        changes["net"] = parse_net(options.net)
+    if options.best_effort:
+        changes["best_effort"] = True
+    if limits:
+        changes["limits"] = msgspec.structs.replace(policy.limits, **limits)
+    return msgspec.structs.replace(policy, **changes)
+
+
+def open_listener(path: str, group: int | None) -> trio.socket.SocketType:
+    """Bind the socket: mode 0600, or 0660 for a group. A dead daemon's socket is replaced, a live one's is not.
+
+    Raises:
+        UsageError: the path cannot be used, or a daemon answers there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if _answers(path):
+                raise UsageError(f"socket {path}: a daemon answers there already")
+            os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if group is not None:
+            os.chown(path, -1, group)
+            os.chmod(path, 0o660)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"socket {path}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return trio.socket.from_stdlib_socket(sock)
+
+
+def _answers(path: str) -> bool:
+    os.stat(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def _peer(sock: trio.socket.SocketType) -> tuple[int, int, int]:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    pid, uid, gid = _PEERCRED.unpack(raw)
+    return pid, uid, gid
+
+
+async def _send_all(sock: trio.socket.SocketType, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[await sock.send(view) :]
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def _close_passed(fds: list[int], keep: int) -> None:
+    """What the tool has now is closed here, so that whoever reads behind it sees its end when the tool ends."""
+    for fd in [fd for fd in fds if fd != keep]:
+        fds.remove(fd)
+        os.close(fd)
+
+
+def _only(group: BaseExceptionGroup) -> BaseException:
+    """A nursery wraps what it raises; one request has one error."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
