@@ -12,7 +12,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Runs ``agentrun_shim.native.build`` and tags the wheel for this platform and any Python 3."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, _version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
         root = Path(self.root)

@@ -110,7 +110,7 @@ class Call:
             if timed_out:
                 slot.leaf.kill()
                 await trio.lowlevel.wait_readable(slot.runner_pidfd)
-            status, _, rss, blocks_in, blocks_out = slot.reap()
+            status, rss = slot.reap()
             ended = monotonic()
             if slot.leftovers():
                 slot.leaf.kill()
@@ -118,11 +118,9 @@ class Call:
         for capture in self.stdio.captures.values():
             capture.finish()
         stats = slot.leaf.stats()
-        return self._result(status, timed_out, ended, stats, rss, (blocks_in, blocks_out), slot.events())
+        return self._result(status, timed_out, ended, stats, rss, slot.events())
 
-    def _result(
-        self, status: int, timed_out: bool, ended: float, stats: LeafStats, rss: int, blocks: tuple[int, int], events: list[Event]
-    ) -> Result:
+    def _result(self, status: int, timed_out: bool, ended: float, stats: LeafStats, rss: int, events: list[Event]) -> Result:
         first_exec = next((event.ns / 1e9 for event in events if event.kind is Kind.STARTED), None)
         failed = next((event for event in events if event.kind is Kind.FAILED), None)
         outcome, exit_code, number, verdict = self._outcome(status, timed_out, stats, failed)
@@ -213,7 +211,9 @@ def _start_verdict(event: Event, request: Request) -> Verdict:
     reason = os.strerror(event.error)
     if event.step is Step.EXEC:
         name = request.argv[0].decode("utf-8", "replace")
-        advice = "is it installed in the image, and on PATH?" if event.error in _NOT_FOUND else "is it an executable for this machine?"
+        advice = (
+            "is it installed in the image, and on PATH?" if event.error in _NOT_FOUND else "is it an executable for this machine?"
+        )
         if event.error == errno.E2BIG:
             advice = "the kernel takes 2 MiB of arguments and environment, 128 KiB in one of them: pass the data in a file"
         return Verdict(reason="start", message=f"{name}: {reason}", advice=advice)

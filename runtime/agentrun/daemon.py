@@ -23,7 +23,19 @@ from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor, Running
 from agentrun.policy import Policy, find_policy, parse_net, parse_number, parse_size
 from agentrun.protocol import (
-    Exec, Kill, Options, ProtocolError, Ps, Signal, Stats, Status, decode, error_frame, receive_frame, reply_frame, result_frame,
+    Exec,
+    Kill,
+    Options,
+    ProtocolError,
+    Ps,
+    Signal,
+    Stats,
+    Status,
+    decode,
+    error_frame,
+    receive_frame,
+    reply_frame,
+    result_frame,
 )  # fmt: skip
 from agentrun.request import Request
 from agentrun.stdio import Stdio, own_pipe
@@ -90,7 +102,7 @@ class Daemon:
     async def _exec(self, sock: trio.socket.SocketType, request: Exec, fds: list[int]) -> bytes | None:
         if len(request.fds) != len(fds) or len(set(request.fds)) != len(fds):
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
-        named = dict(zip(request.fds, fds, strict=True))
+        named: dict[str, int] = dict(zip(request.fds, fds, strict=True))
         resolved = self._resolve(request, named.get("workspace", -1), _peer(sock))
         owner = self._executor.owner(resolved.tenant)
         stdio = self._stdio(request, named, owner)
@@ -158,13 +170,13 @@ class Daemon:
     def _stdio(self, request: Exec, named: dict[str, int], owner: tuple[int, int]) -> Stdio:
         if "console" in named:
             return Stdio.for_terminal(named["console"])
-        capture = bool(request.options.capture)
         null = self._executor.null_fd
-        outputs = [named.get(name, None if capture else null) for name in ("stdout", "stderr")]
-        for fd in (named.get("stdin"), *outputs):
+        default = None if request.options.capture else null
+        stdin, stdout, stderr = named.get("stdin"), named.get("stdout", default), named.get("stderr", default)
+        for fd in (stdin, stdout, stderr):
             if fd is not None and fd != null:
                 own_pipe(fd, owner)
-        return Stdio.for_run(named.get("stdin"), *outputs, owner, self._executor.config.capture_limit, null)
+        return Stdio.for_run(stdin, stdout, stderr, owner, self._executor.config.capture_limit, null)
 
     def _ask(self, request: Status | Ps | Stats | Kill, uid: int) -> object:
         executor = self._executor

@@ -54,7 +54,7 @@ async def examine(socket_path: str) -> Report:
             findings += [finding async for finding in _sandbox()]
         except AgentrunError as error:
             usable = False
-            findings.append(Finding("sandbox", "missing", str(error), "see docs/design.md, \"What the host must give\""))
+            findings.append(Finding("sandbox", "missing", str(error), 'see docs/design.md, "What the host must give"'))
     return Report(usable, [*findings, _descriptors(), _daemon(socket_path), _bpf()])
 
 

@@ -228,7 +228,7 @@ class Executor:
             slot, call.warm = await pool.lease()
             try:
                 if call.request.policy.limits != DEFAULT.limits:
-                    slot.leaf.write(self._difference(call.request.policy.limits, files))
+                    slot.leaf.write(self._difference(files))
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):
@@ -241,7 +241,7 @@ class Executor:
                 self._calls.pop(slot.id, None)
                 pool.release(slot)
 
-    def _difference(self, limits: Limits, files: Mapping[str, str]) -> dict[str, str]:
+    def _difference(self, files: Mapping[str, str]) -> dict[str, str]:
         default, _ = self.tree.plan(DEFAULT.limits)
         lifted = {name: _LIFTED[name] for name in default if name not in files and name in _LIFTED}
         return lifted | {name: text for name, text in files.items() if default.get(name) != text}
@@ -295,9 +295,7 @@ class Executor:
                 name = f"{self._count:x}"
                 return await build_slot(await self._zygote(shape), self.tree, tenant, name, files, maps)
 
-            self._pools[key] = Pool(
-                build, self._discard, self._nursery, least=self.config.pool_least, most=self.config.pool_most
-            )
+            self._pools[key] = Pool(build, self._discard, self._nursery, least=self.config.pool_least, most=self.config.pool_most)
         return self._pools[key]
 
     async def _zygote(self, shape: Shape) -> Zygote:

@@ -90,9 +90,10 @@ def decode(frame: bytes) -> Request:
         ProtocolError: it is not one; the message names the key.
     """
     try:
-        return _decoder.decode(frame)
+        request: Request = _decoder.decode(frame)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a request of protocol version {VERSION}: {error}") from error
+    return request
 
 
 def result_frame(exit_code: int, json: bytes, message: str | None) -> bytes:

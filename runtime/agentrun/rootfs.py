@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 

@@ -71,11 +71,11 @@ class Slot:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._runner, number)
 
-    def reap(self) -> tuple[int, float, int, int, int]:
-        """Collect the tool once its pidfd is readable: (wait status, seconds of CPU, max RSS in bytes, blocks in, out)."""
+    def reap(self) -> tuple[int, int]:
+        """Collect the tool once its pidfd is readable: its wait status, and the largest RSS of one process, in bytes."""
         _, status, usage = os.wait4(self._runner, 0)
         self._reaped = True
-        return status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, usage.ru_inblock, usage.ru_oublock
+        return status, usage.ru_maxrss * 1024
 
     def leftovers(self) -> bool:
         """Something of the call outlived the tool: anything in the leaf but init."""

@@ -19,9 +19,11 @@ SOURCES = {
     "agentrun": ("client*.c", "start.c"),
 }
 CFLAGS = (
-    "-std=c11 -Os -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-asynchronous-unwind-tables"
-    " -fno-pic -no-pie -nostdlib -static -fcf-protection=none -Wl,-z,noexecstack -Wl,--build-id=none -s"
-).split()
+    *("-std=c11", "-Os", "-Wall", "-Wextra", "-Werror"),
+    *("-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-no-pie"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
+    *("-Wl,-z,noexecstack", "-Wl,--build-id=none", "-s"),
+)
 
 
 def slot_program() -> str:

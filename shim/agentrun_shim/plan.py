@@ -114,20 +114,28 @@ class RunFlag(enum.IntFlag):
     ATTACH = 2  # the last fd is a mount to attach before the tool starts
 
 
-# name -> [(field, C type)]; the order is the wire order and every struct is naturally aligned.
-STRUCTS: dict[str, list[tuple[str, str]]] = {
-    "plan_header": [("magic", "uint32_t"), ("version", "uint16_t"), ("kind", "uint16_t"), ("length", "uint32_t"), ("nfds", "uint32_t")],
-    "plan_shape": [("namespaces", "uint32_t"), ("nops", "uint32_t")],
-    "plan_op": [("type", "uint32_t"), ("size", "uint32_t"), ("a", "uint32_t"), ("b", "uint32_t"), ("c", "uint32_t"), ("d", "uint32_t")],
-    "plan_slot": [("flags", "uint32_t"), ("nmaps", "uint32_t")],
-    "plan_map": [("gid", "uint32_t"), ("inside", "uint32_t"), ("outside", "uint32_t"), ("count", "uint32_t")],
-    "plan_done": [("error", "int32_t"), ("step", "uint32_t"), ("init", "int32_t"), ("runner", "int32_t"), ("flags", "uint32_t"), ("op", "uint32_t")],
-    "plan_run": [("flags", "uint32_t"), ("argc", "uint32_t"), ("envc", "uint32_t"), ("umask", "uint32_t"), ("nproc", "uint32_t"), ("reserved", "uint32_t")],
-    "plan_attach": [("flags", "uint32_t"), ("pathlen", "uint32_t")],
-    "plan_event": [("kind", "uint32_t"), ("step", "uint32_t"), ("error", "int32_t"), ("op", "uint32_t"), ("ns", "uint64_t")],
-}  # fmt: skip
-
+# name -> its fields, in wire order; every struct is naturally aligned.
+_LAYOUT = {
+    "plan_header": "magic:u32 version:u16 kind:u16 length:u32 nfds:u32",
+    "plan_shape": "namespaces:u32 nops:u32",
+    "plan_op": "type:u32 size:u32 a:u32 b:u32 c:u32 d:u32",
+    "plan_slot": "flags:u32 nmaps:u32",
+    "plan_map": "gid:u32 inside:u32 outside:u32 count:u32",
+    "plan_done": "error:i32 step:u32 init:i32 runner:i32 flags:u32 op:u32",
+    "plan_run": "flags:u32 argc:u32 envc:u32 umask:u32 nproc:u32 reserved:u32",
+    "plan_attach": "flags:u32 pathlen:u32",
+    "plan_event": "kind:u32 step:u32 error:i32 op:u32 ns:u64",
+}
+_C_TYPES = {"u16": "uint16_t", "u32": "uint32_t", "i32": "int32_t", "u64": "uint64_t"}
 _CODES = {"uint16_t": "H", "uint32_t": "I", "int32_t": "i", "uint64_t": "Q"}
+
+
+def _fields(layout: str) -> list[tuple[str, str]]:
+    return [(name, _C_TYPES[kind]) for name, kind in (field.split(":") for field in layout.split())]
+
+
+STRUCTS = {name: _fields(layout) for name, layout in _LAYOUT.items()}
+"""Every struct of the format: name → [(field, C type)]."""
 _STRUCT = {name: struct.Struct("<" + "".join(_CODES[kind] for _, kind in fields)) for name, fields in STRUCTS.items()}
 HEADER_SIZE = _STRUCT["plan_header"].size
 EVENT_SIZE = _STRUCT["plan_event"].size
