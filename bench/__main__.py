@@ -22,7 +22,7 @@ from bench.idle import Idle, measure_idle, print_idle
 from bench.latency import Latency, measure_latency, print_latency
 from bench.machine import describe, more_descriptors, wait_quiet
 from bench.numbers import Report
-from bench.peers import BWRAP, CRUN, Peers, find_peers, install
+from bench.peers import BWRAP, CRUN, Peers, find_peers, install, no_leftovers
 from bench.plot import plot
 from bench.subjects import LIBRARY, LIBRARY_COLD, LIBRARY_NULL, Library, open_client
 from bench.targets import evaluate, print_targets
@@ -60,11 +60,7 @@ async def run(options: argparse.Namespace, scratch: Path, report: Report, view: 
     peers = find_peers(scratch, report)
     machine.versions = peers.versions
     report.say(f"peers: {', '.join(f'{name} {version}' for name, version in peers.versions.items()) or 'none'}")
-    machine.busy_before = await wait_quiet(machine)
-    report.say(
-        f"machine: {'quiet' if machine.quiet else 'NOT quiet'}, {machine.busy_before:.0%} busy with others after waiting"
-        f" {machine.waited:.0f} s, load {machine.loadavg}; random seed {options.seed}"
-    )
+    report.say(f"random seed {options.seed}")
     parts = options.only or PARTS
     latency: list[Latency] = []
     throughput: list[Throughput] = []
@@ -72,14 +68,15 @@ async def run(options: argparse.Namespace, scratch: Path, report: Report, view: 
     steps: dict[str, float] = {}
     if "latency" in parts:
         report.heading("latency, one call at a time")
+        report.say(await wait_quiet(machine, "latency"))
         latency, steps = await latency_part(options, scratch, peers, report)
     if "throughput" in parts:
-        await wait_quiet(machine)
         report.heading("throughput, closed loop")
+        report.say(await wait_quiet(machine, "throughput"))
         throughput = await throughput_part(options, scratch, peers, report)
     if "idle" in parts:
-        await wait_quiet(machine)
         report.heading("idle sandboxes")
+        report.say(await wait_quiet(machine, "idle"))
         try:
             idle = await measure_idle(options.slots, options.calls or (60 if options.quick else 300))
             print_idle(idle, report)
@@ -171,7 +168,7 @@ def main() -> int:
         install(report)
     view = enter_view(sys.argv[1:])
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="agentrun-bench-", ignore_cleanup_errors=True) as scratch:
+    with no_leftovers(), tempfile.TemporaryDirectory(prefix="agentrun-bench-", ignore_cleanup_errors=True) as scratch:
         trio.run(run, options, Path(scratch), report, view)
     return 0
 

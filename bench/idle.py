@@ -1,8 +1,10 @@
 """What warm sandboxes cost while nobody uses them: memory of an idle slot, and a dispatch beside many of them.
 
 Dispatch is measured in three legs, each an executor of its own: one idle slot, many, one again. The two single legs are taken
-together, so that a drift of the machine does not pass for an effect of the idle slots. Within each leg every call comes with one
-``posix_spawn`` in the same round, as a second opinion on the machine.
+together, so that a drift of the machine does not pass for an effect of the idle slots. Before each call the pool is full again
+and ``REST`` seconds have passed, in which the used sandbox is removed; listing hundreds of leaves to be sure of it would leave
+cold caches to the call. Beside each call goes one ``posix_spawn``: what it loses is the price of *our* descriptors, five for each
+slot, which every spawn copies and closes; a dispatch does not spawn.
 
 Memory is the difference of /proc/meminfo before and after the slots were built, divided by their number: MemAvailable, which
 other users of the machine also move, and beside it the parts it should consist of: slab, per-CPU, kernel stacks, page tables, and
@@ -21,12 +23,12 @@ import trio
 
 from agentrun import ExecutorConfig, open_executor
 from bench.contender import Contender, plain_spawn
-from bench.latency import GAP
 from bench.machine import meminfo, more_descriptors
 from bench.numbers import Report, Samples, Summary, cell, summarize
 from bench.subjects import Library
 
 _PARTS = ("MemAvailable", "Slab", "Percpu", "KernelStack", "PageTables")
+REST = 0.015
 _DESCRIPTORS = 8
 """Descriptors of ours per slot: five, and room for the one that is being built and the one that is going."""
 
@@ -119,8 +121,8 @@ async def _leg(library: Library, rounds: int) -> tuple[Samples, Samples]:
     result: tuple[Samples, Samples] = ([], [])
     for number in range(-3, rounds):
         for contender, samples in zip(pair, result, strict=True):
-            await library.settle()
-            await trio.sleep(GAP)
+            await library.wait_full(removed=False)
+            await trio.sleep(REST)
             sample = round(await contender.call_alone() * 1e3, 4)
             if number >= 0:
                 samples.append(sample)

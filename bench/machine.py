@@ -30,12 +30,16 @@ class Machine(msgspec.Struct, kw_only=True):
     """``v2``, ``hybrid`` or ``none``: what lies on /sys/fs/cgroup."""
     started: str
     loadavg: str
-    busy_before: float = 0.0
-    """Share of processor time others used just before the first measurement."""
-    quiet: bool = False
+    busy_before: dict[str, float] = {}
+    """Share of processor time others used just before each part."""
     waited: float = 0.0
     """Seconds spent waiting for a quiet machine, all waits together."""
     versions: dict[str, str] = {}
+
+    @property
+    def quiet(self) -> bool:
+        """It was before every part."""
+        return all(share <= QUIET for share in self.busy_before.values())
 
 
 def describe() -> Machine:
@@ -81,16 +85,19 @@ async def busy(seconds: float = 0.5) -> float:
     return max(0.0, 1 - (idle_then - idle) / max(1, total_then - total))
 
 
-async def wait_quiet(machine: Machine, patience: float = 20.0) -> float:
-    """Wait, at most ``patience`` seconds, until others leave the machine alone; returns the busy share seen last."""
+async def wait_quiet(machine: Machine, part: str, patience: float = 20.0) -> str:
+    """Wait, at most ``patience`` seconds, until others leave the machine alone; returns a line about it."""
     started = trio.current_time()
     while True:
         share = await busy()
         if share <= QUIET or trio.current_time() - started > patience:
             break
-    machine.waited += trio.current_time() - started
-    machine.quiet = share <= QUIET
-    return share
+    waited = trio.current_time() - started
+    machine.waited += waited
+    machine.busy_before[part] = share
+    verdict = "quiet" if share <= QUIET else "NOT QUIET"
+    load = " ".join(Path("/proc/loadavg").read_text().split()[:3])
+    return f"machine {verdict}: {share:.0%} busy with others after waiting {waited:.0f} s, load {load}"
 
 
 def _stat() -> tuple[int, int]:

@@ -6,6 +6,7 @@ from the plain one is printed; a peer of which none succeeds is left out with it
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -87,6 +88,19 @@ def find_peers(scratch: Path, report: Report) -> Peers:
         else:
             report.say(f"LEFT OUT {name} {peers.versions[name]}: {errors[-1]}")
     return peers
+
+
+@contextlib.contextmanager
+def no_leftovers(parent: Path = Path("/sys/fs/cgroup/libpod_parent")) -> Iterator[None]:
+    """Remove the cgroups that podman leaves behind, if it was we who made it leave them."""
+    existed = parent.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            for directory, _, _ in os.walk(parent, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
 
 
 def _ways(scratch: Path, bundle: Path) -> Iterator[tuple[str, list[Way]]]:

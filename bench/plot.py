@@ -28,7 +28,7 @@ def plot(path: Path, machine: Machine, latency: Sequence[Latency], throughput: S
     _distributions(axes[1], rows)
     if throughput:
         _rates(axes[2], throughput)
-    quiet = "quiet" if machine.quiet else f"{machine.busy_before:.0%} busy with others"
+    quiet = "quiet" if machine.quiet else "NOT QUIET: others used it too"
     figure.suptitle(f"/bin/true, Linux {machine.kernel}, {machine.processors} processors, {quiet}", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -71,11 +71,15 @@ class Library(Contender):
 
     async def settle(self) -> None:
         """Until the pool is full, nothing is being built, and every used sandbox has been removed."""
+        await self.wait_full(removed=True)
+
+    async def wait_full(self, *, removed: bool) -> None:
+        """Until the pool is full; with ``removed`` also until the used sandboxes are gone, for which the leaves are listed."""
         deadline = trio.current_time() + _SETTLE_LIMIT
         while True:
             pools = self.executor.statistics().pools.values()
             full = all(pool.idle >= pool.target and not pool.building and not pool.waiting for pool in pools)
-            if full and count_leaves(self.executor.tree.path) == sum(pool.idle for pool in pools):
+            if full and (not removed or count_leaves(self.executor.tree.path) == sum(pool.idle for pool in pools)):
                 return
             if trio.current_time() > deadline:
                 self.unsettled += 1
@@ -132,8 +136,8 @@ async def open_client(scratch: Path, report: Report) -> AsyncIterator[Client | N
     command = [*leash, sys.executable, "-m", "agentrun.cli", "daemon", "--socket", where, "--name", name]
     path = os.pathsep.join([str(ROOT / "runtime"), str(ROOT / "shim"), os.environ.get("PYTHONPATH", "")])
     log_path = Path(directory, "log")
-    with log_path.open("w") as log:
-        daemon = subprocess.Popen(  # noqa: ASYNC220
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "w") as log:
+        daemon = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}
         )
         try:

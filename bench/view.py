@@ -22,10 +22,12 @@ mount --bind "$1" "$2" && umount -R /sys/fs/cgroup && mount --move "$2" /sys/fs/
 
 
 def enter_view(arguments: list[str]) -> str:
-    """Start again in the private view if this machine needs one and can have it; returns a line that says what was done, or ""."""
+    """Start again in the private view if this machine needs one and can have it; returns a line about it, or ""."""
     if os.environ.get(_MARK):
         os.rmdir(os.environ.pop(_MARK))
-        return "in a private mount namespace with cgroup2 on /sys/fs/cgroup: this machine's layout is hybrid, crun and runc refuse it"
+        return (
+            "in a private mount namespace, cgroup2 on /sys/fs/cgroup: the machine's layout is hybrid, which crun and runc refuse"
+        )
     if cgroup_layout() != "hybrid":
         return ""
     if os.geteuid() != 0:

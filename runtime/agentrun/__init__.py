@@ -10,8 +10,9 @@ docs/design.md tells how it works, docs/security.md what a sandbox defends again
 """
 
 from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-from agentrun.executor import Executor, ExecutorConfig, Running, open_executor
+from agentrun.executor import Executor, ExecutorConfig, open_executor
 from agentrun.policy import Limits, Policy
+from agentrun.running import Running
 from agentrun.stdio import PIPE
 from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
 from agentrun.workspace import Workspace

@@ -106,14 +106,15 @@ class Call:
                 await slot.wait_dead()
             raise
         timed_out = scope.cancelled_caught
-        with trio.CancelScope(shield=True):
-            if timed_out:
-                slot.leaf.kill()
+        if timed_out:
+            slot.leaf.kill()
+            with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(slot.runner_pidfd)
-            status, rss = slot.reap()
-            ended = monotonic()
-            if slot.leftovers():
-                slot.leaf.kill()
+        status, rss = slot.reap()
+        ended = monotonic()
+        if slot.leftovers():
+            slot.leaf.kill()
+            with trio.CancelScope(shield=True):
                 await slot.wait_dead()
         for capture in self.stdio.captures.values():
             capture.finish()

@@ -20,7 +20,7 @@ import trio
 
 from agentrun.config import DaemonConfig
 from agentrun.errors import AgentrunError, UsageError
-from agentrun.executor import Executor, Running
+from agentrun.executor import Executor
 from agentrun.policy import Policy, find_policy, parse_net, parse_number, parse_size
 from agentrun.protocol import (
     Exec,
@@ -38,6 +38,7 @@ from agentrun.protocol import (
     result_frame,
 )  # fmt: skip
 from agentrun.request import Request
+from agentrun.running import Running
 from agentrun.stdio import Stdio, own_pipe
 from agentrun.types import Result
 

@@ -14,10 +14,9 @@ Everything lives in one nursery: closing the executor ends every call and remove
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -27,24 +26,18 @@ import trio
 from agentrun import rootfs
 from agentrun.call import Call
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
-from agentrun.errors import AgentrunError, HostError, Overloaded, UsageError
-from agentrun.policy import DEFAULT, Limits, Policy, find_policy
-from agentrun.pool import Pool, PoolStats
+from agentrun.errors import HostError, Overloaded, UsageError
+from agentrun.fleet import Fleet, FleetConfig
+from agentrun.policy import DEFAULT, Policy, find_policy
+from agentrun.pool import PoolStats
 from agentrun.request import Request, Text, check_enforced, check_tenant, encode_argv, encode_env
-from agentrun.shape import ID_RANGE, Shape, plan_shape, shape_of
-from agentrun.slot import Slot, build_slot
+from agentrun.running import Running
 from agentrun.stdio import PIPE, Input, Output, Stdio
 from agentrun.types import Result
-from agentrun.workspace import Workspace, clone_mount, open_directory, real_path
-from agentrun.zygote import Zygote
-
-_log = logging.getLogger("agentrun")
-_NO_LIMITS = Limits(memory_max=None, memory_swap_max=None, pids_max=None)
-_LIFTED = {"memory.max": "max", "memory.oom.group": "0", "memory.swap.max": "max", "pids.max": "max"}
-"""What takes back a limit the pool's shape has and the call has not."""
+from agentrun.workspace import Workspace, open_directory, real_path
 
 
-class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
+class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
     """How an executor is run."""
 
     name: str = ""
@@ -53,16 +46,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Calls at once; more wait."""
     max_queued: int = 1024
     """Calls that may wait; more are refused with ``Overloaded``."""
-    pool_least: int = 1
-    """Warm slots each pool keeps, however quiet it is."""
-    pool_most: int = 32
-    """Warm slots a pool keeps at most. 0: build every slot when it is asked for."""
     capture_limit: int = 1 << 20
     """Bytes kept of each captured stream."""
-    id_base: int = 0x60000000
-    """First host uid and gid of the ranges given to tenants, 65,536 each."""
-    tenant_limits: Mapping[str, Limits] = {}
-    """Budgets of tenants: what all calls of one may use together."""
 
 
 class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,18 +65,13 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
 class Executor:
     """Runs tool calls. Made by ``open_executor``."""
 
-    def __init__(self, config: ExecutorConfig, tree: Tree, nursery: trio.Nursery, life_read: int) -> None:
+    def __init__(self, config: ExecutorConfig, tree: Tree, fleet: Fleet) -> None:
         self.config = config
         self.tree = tree
-        self._nursery = nursery
-        self._life_read = life_read
-        self._zygotes: dict[Shape, Zygote] = {}
-        self._zygote_lock = trio.Lock()
-        self._pools: dict[tuple[str, Shape], Pool] = {}
-        self._tenant_index: dict[str, int] = {}
+        self._fleet = fleet
         self._calls: dict[str, Call] = {}
         self._queue = trio.lowlevel.ParkingLot()
-        self._running = self._count = self._completed = self._refused = self._stuck = 0
+        self._running = self._completed = self._refused = 0
         self._closing = False
         self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
@@ -154,7 +134,7 @@ class Executor:
             try:
                 async with trio.open_nursery() as nursery:
                     running = Running()
-                    await nursery.start(running._run, self, request, stdio)
+                    await nursery.start(running.run, self.perform, request, stdio)
                     try:
                         yield running
                     finally:
@@ -207,7 +187,7 @@ class Executor:
             queued = monotonic()
             files, missing = self.tree.plan(request.policy.limits)
             check_enforced(missing, request.policy, DEFAULT)
-            mount_fd = await self._mount_workspace(request)
+            mount_fd = await self._fleet.mount_workspace(request)
             try:
                 nproc = request.policy.limits.pids_max or 0
                 call = Call(request, stdio, mount_fd, nproc)
@@ -221,30 +201,24 @@ class Executor:
 
     async def _in_slot(self, call: Call, files: Mapping[str, str], running: Running | None) -> Result:
         message, fds = call.pack()
-        # A call's own limits do not make another pool: the leaf is adjusted instead, before the tool exists.
-        pooled = msgspec.structs.replace(call.request.policy, limits=DEFAULT.limits)
-        pool = self._pool(call.request.tenant, shape_of(pooled))
+        policy = call.request.policy
+        pool = self._fleet.pool(call.request.tenant, policy)
         while True:
             slot, call.warm = await pool.lease()
             try:
-                if call.request.policy.limits != DEFAULT.limits:
-                    slot.leaf.write(self._difference(files))
+                if policy.limits != DEFAULT.limits:
+                    self._fleet.adjust(slot, files)
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):
                     continue  # it died while it waited, say by the tenant's memory limit: the next one
                 self._calls[slot.id] = call
                 if running is not None:
-                    running._started(call)
-                return await call.finish(call.request.policy.timeout)
+                    running.started(call)
+                return await call.finish(policy.timeout)
             finally:
                 self._calls.pop(slot.id, None)
                 pool.release(slot)
-
-    def _difference(self, files: Mapping[str, str]) -> dict[str, str]:
-        default, _ = self.tree.plan(DEFAULT.limits)
-        lifted = {name: _LIFTED[name] for name in default if name not in files and name in _LIFTED}
-        return lifted | {name: text for name, text in files.items() if default.get(name) != text}
 
     async def _enter_queue(self) -> None:
         if self._closing:
@@ -265,69 +239,7 @@ class Executor:
 
     def owner(self, tenant: str) -> tuple[int, int]:
         """The tool's uid and gid as the host sees them."""
-        base = self._base(tenant)
-        return base + rootfs.UID, base + rootfs.GID
-
-    def _base(self, tenant: str) -> int:
-        index = self._tenant_index.setdefault(tenant, len(self._tenant_index))
-        return self.config.id_base + index * ID_RANGE
-
-    async def _mount_workspace(self, request: Request) -> int:
-        if request.workspace_fd < 0:
-            return -1
-        zygote = await self._zygote(shape_of(DEFAULT))
-        uid, gid = self.owner(request.tenant)
-        caller_uid, caller_gid = request.caller
-        userns = await zygote.userns(((False, caller_uid, uid, 1), (True, caller_gid, gid, 1)))
-        return clone_mount(request.workspace_fd, request.workspace_path, request.workspace_mode, userns)
-
-    def _pool(self, tenant: str, shape: Shape) -> Pool:
-        key = (tenant, shape)
-        if key not in self._pools:
-            base = self._base(tenant)
-            maps = ((False, 0, base, ID_RANGE), (True, 0, base, ID_RANGE))
-            budget, _ = self.tree.plan(self.config.tenant_limits.get(tenant, _NO_LIMITS))
-            self.tree.tenant(tenant, budget)
-            files, _ = self.tree.plan(shape.limits)
-
-            async def build() -> Slot:
-                self._count += 1
-                name = f"{self._count:x}"
-                return await build_slot(await self._zygote(shape), self.tree, tenant, name, files, maps)
-
-            self._pools[key] = Pool(build, self._discard, self._nursery, least=self.config.pool_least, most=self.config.pool_most)
-        return self._pools[key]
-
-    async def _zygote(self, shape: Shape) -> Zygote:
-        async with self._zygote_lock:
-            zygote = self._zygotes.get(shape)
-            if zygote is None or not zygote.alive:
-                if zygote is not None:
-                    zygote.close()
-                root = rootfs.open_host_root()
-                try:
-                    zygote = await Zygote.start(plan_shape(shape, root), root.fds, self._life_read, self._nursery)
-                finally:
-                    root.close()
-                self._zygotes[shape] = zygote
-            return zygote
-
-    def _discard(self, slot: Slot) -> None:
-        self._nursery.start_soon(self._dispose, slot)
-
-    async def _dispose(self, slot: Slot) -> None:
-        try:
-            await slot.dispose()
-        except HostError as error:
-            # Nobody waits for this; the calls go on, and the count in the statistics says that something is left.
-            self._stuck += 1
-            _log.error("%s", error)
-
-    async def _keep_house(self) -> None:
-        while True:
-            await trio.sleep(1)
-            for pool in self._pools.values():
-                pool.shrink()
+        return self._fleet.owner(tenant)
 
     async def warm_up(self, policy: Policy | str = DEFAULT, tenant: str = "default", count: int = 1) -> None:
         """Have ``count`` warm slots ready for calls of this policy and tenant.
@@ -336,8 +248,7 @@ class Executor:
             HostError: they could not be built.
         """
         rules = find_policy(policy) if isinstance(policy, str) else policy
-        shape = shape_of(msgspec.structs.replace(rules, limits=DEFAULT.limits))
-        await self._pool(check_tenant(tenant), shape).fill(count)
+        await self._fleet.pool(check_tenant(tenant), rules).fill(count)
 
     def calls(self) -> dict[str, Call]:
         """The calls that run now, by id."""
@@ -345,21 +256,21 @@ class Executor:
 
     def statistics(self) -> ExecutorStats:
         """The executor at this moment."""
-        pools = {f"{tenant}/{shape.net}": pool.statistics() for (tenant, shape), pool in self._pools.items()}
         return ExecutorStats(
-            running=self._running, queued=len(self._queue), completed=self._completed, refused=self._refused,
-            stuck=self._stuck, pools=pools,
-        )  # fmt: skip
+            running=self._running,
+            queued=len(self._queue),
+            completed=self._completed,
+            refused=self._refused,
+            stuck=self._fleet.stuck,
+            pools=self._fleet.statistics(),
+        )
 
     async def _close(self) -> None:
         self._closing = True
         os.close(self.null_fd)
         for call in self._calls.values():
             call.kill()
-        for pool in self._pools.values():
-            pool.close()
-        for zygote in self._zygotes.values():
-            await zygote.aclose()
+        await self._fleet.aclose()
 
     @contextlib.contextmanager
     def _opened(self, workspace: Workspace | str | None) -> Iterator[tuple[int, str]]:
@@ -372,82 +283,6 @@ class Executor:
             yield fd, chosen.mode
         finally:
             os.close(fd)
-
-
-class Running:
-    """A call that runs. Its streams are trio's; ``None`` where the call has no pipe of that name."""
-
-    def __init__(self) -> None:
-        self.stdin: trio.abc.SendStream | None = None
-        self.stdout: trio.abc.ReceiveStream | None = None
-        self.stderr: trio.abc.ReceiveStream | None = None
-        self._call: Call | None = None
-        self._begun = trio.Event()
-        self._ended = trio.Event()
-        self._result: Result | None = None
-        self._error: AgentrunError | None = None
-        self.on_dispatched: Callable[[], None] | None = None
-        """Called once the tool has its descriptors."""
-
-    @property
-    def id(self) -> str:
-        """The call's name."""
-        return self._call.slot.id if self._call and self._call.slot else ""
-
-    async def wait(self) -> Result:
-        """Wait for the call to end.
-
-        Raises:
-            HostError: the sandbox failed before the tool could start.
-        """
-        await self._ended.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
-
-    def send_signal(self, number: int) -> None:
-        """Signal the tool's process group; nothing happens if it has ended."""
-        if self._call is not None and self._call.slot is not None and not self._ended.is_set():
-            self._call.slot.signal_group(number)
-
-    def kill(self) -> None:
-        """End the call: everything in its leaf dies, the outcome is ``cancelled``. Nothing happens if it has ended."""
-        if self._call is not None and not self._ended.is_set():
-            self._call.kill()
-
-    async def aclose(self) -> None:
-        """Close the streams."""
-        for stream in (self.stdin, self.stdout, self.stderr):
-            if stream is not None:
-                await trio.aclose_forcefully(stream)
-
-    def _started(self, call: Call) -> None:
-        self._call = call
-        if self.on_dispatched is not None:
-            self.on_dispatched()
-        self._begun.set()
-
-    async def _run(
-        self, executor: Executor, request: Request, stdio: Stdio, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._perform, executor, request, stdio)
-            await self._begun.wait()
-            if self._error is not None and self._call is None:
-                raise self._error
-            for name in tuple(stdio.parent):
-                setattr(self, name, trio.lowlevel.FdStream(stdio.give_parent(name)))
-            task_status.started()
-
-    async def _perform(self, executor: Executor, request: Request, stdio: Stdio) -> None:
-        try:
-            self._result = await executor.perform(request, stdio, self)
-        except AgentrunError as error:
-            self._error = error
-        finally:
-            self._ended.set()
-            self._begun.set()
 
 
 @contextlib.asynccontextmanager
@@ -471,8 +306,9 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         try:
             async with trio.open_nursery() as nursery:
-                executor = Executor(chosen, tree, nursery, life_read)
-                nursery.start_soon(executor._keep_house, name="agentrun housekeeping")
+                fleet = Fleet(chosen, tree, nursery, life_read)
+                executor = Executor(chosen, tree, fleet)
+                nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
                 try:
                     yield executor
                 finally:

@@ -1,8 +1,9 @@
 """The pool: warm slots of one tenant and one shape.
 
-Demand is what it follows. ``target`` warm slots are kept: as many as calls were running at once in the last seconds, and
-one more, between the configured bounds. A lease takes a warm slot if there is one; else it waits for the next that is
-built, and the call says so (``warm: false``). Slots are built a few at a time, always off the way of a warm call.
+Demand is what it follows. ``target`` warm slots are kept: twice as many as calls were running at once in the last seconds,
+between the configured bounds, and none once nobody has called for ten minutes. A lease takes a warm slot if there is one;
+else it waits for the next that is built, and the call says so (``warm: false``). Slots are built a few at a time, always
+off the way of a warm call.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ PARALLEL_BUILDS = 4
 """The zygote clones one at a time; this many sandboxes may be mounting while it does."""
 DECAY = 10.0
 """Seconds after which a peak of demand is forgotten."""
+UNUSED = 600.0
+"""Seconds without a call after which a pool keeps nothing warm."""
 RETRY_MOST = 5.0
 """Longest pause, seconds, between attempts while building fails."""
 
@@ -56,14 +59,15 @@ class Pool:
         self._idle: deque[Slot] = deque()
         self._waiting: deque[_Wait] = deque()
         self._building = self._leased = self._peak = 0
-        self._peak_time = trio.current_time()
+        self._peak_time = self._lease_time = trio.current_time()
         self._hits = self._misses = self._built = self._failed = 0
         self._pause = 0.0
+        self._unused = False
 
     @property
     def target(self) -> int:
-        """Warm slots wanted now."""
-        return min(self._most, max(self._least, self._peak + 1 if self._most else 0))
+        """Warm slots wanted now: room for the last peak to come again at once, while the ones it used are replaced."""
+        return 0 if self._unused else min(self._most, max(self._least, 2 * self._peak))
 
     async def lease(self) -> tuple[Slot, bool]:
         """A slot for exactly one call, and whether it was warm. End it with ``release``.
@@ -101,8 +105,10 @@ class Pool:
 
     def shrink(self) -> None:
         """Forget an old peak and end the slots that are more than wanted; called now and then."""
-        if trio.current_time() - self._peak_time > DECAY:
-            self._peak, self._peak_time = self._leased, trio.current_time()
+        now = trio.current_time()
+        if now - self._peak_time > DECAY:
+            self._peak, self._peak_time = self._leased, now
+        self._unused = not self._leased and now - self._lease_time > UNUSED
         while len(self._idle) > self.target:
             self._discard(self._idle.popleft())
         self._refill()
@@ -130,8 +136,10 @@ class Pool:
 
     def _count_lease(self) -> None:
         self._leased += 1
+        self._lease_time = trio.current_time()
+        self._unused = False
         if self._leased >= self._peak:
-            self._peak, self._peak_time = self._leased, trio.current_time()
+            self._peak, self._peak_time = self._leased, self._lease_time
 
     def _refill(self) -> None:
         wanted = len(self._waiting) + max(0, self.target - len(self._idle))
