@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the host lane. A test marked ``host`` is skipped where it cannot run; under CI that is a failure."""
+
+import os
+
+import pytest
+
+from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("host") and (reason := missing_requirement()):
+        if os.environ.get("CI"):
+            pytest.fail(f"this machine cannot run the host tests: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def executor():
+    """An executor that is called without ``await``; when the file is done, nothing of it may be left."""
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    config = own_config()
+    before = Leaks(cgroup_of(config.name))
+    blocking = Blocking(config)
+    yield blocking
+    blocking.close()
+    before.check()
+    assert not cgroup_of(config.name).exists()
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    """A private daemon for the file; see ``support.Daemon``."""
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    with open_daemon() as running:
+        yield running
