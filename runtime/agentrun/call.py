@@ -64,12 +64,11 @@ class Call:
         Raises:
             BrokenPipeError: the slot died while it waited.
         """
-        self.leased = monotonic()
+        self.dispatched = monotonic()
         sent = slot.send(message, fds)
         self.slot = slot
         if sent < len(message):
             await slot.send_rest(message[sent:])
-        self.dispatched = monotonic()
         self.stdio.close_child()
 
     def kill(self) -> None:
@@ -136,7 +135,7 @@ class Call:
             stderr=captures["stderr"].content() if "stderr" in captures else None,
             truncated=any(capture.truncated for capture in captures.values()),
             usage=Usage(
-                wall=ended - (first_exec or self.dispatched),
+                wall=round(ended - (first_exec or self.dispatched), 6),
                 cpu_user=stats.cpu_user,
                 cpu_system=stats.cpu_system,
                 memory_peak=stats.memory_peak if exact else rss,
@@ -147,16 +146,19 @@ class Call:
                 throttled=stats.throttled,
             ),
             timings=Timings(
-                queued=self.queued - self.started,
-                leased=self.leased - self.started,
-                dispatched=self.dispatched - self.started,
-                first_exec=None if first_exec is None else first_exec - self.started,
-                total=monotonic() - self.started,
+                queued=self._since(self.queued),
+                leased=self._since(self.leased),
+                dispatched=self._since(self.dispatched),
+                first_exec=None if first_exec is None else self._since(first_exec),
+                total=self._since(monotonic()),
             ),
             warm=self.warm,
             verdict=verdict,
             unenforced=self.unenforced,
         )
+
+    def _since(self, instant: float) -> float:
+        return round(instant - self.started, 6)
 
     def _outcome(
         self, status: int, timed_out: bool, stats: LeafStats, failed: Event | None

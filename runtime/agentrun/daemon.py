@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import socket
@@ -44,6 +45,9 @@ from agentrun.types import Result
 
 FIRST_FRAME_SECONDS = 10.0
 """A client that connects and says nothing is let go."""
+LAST_FRAME_SECONDS = 30.0
+"""A client that does not read its answer is let go."""
+_log = logging.getLogger("agentrun")
 _PEERCRED = struct.Struct("iII")
 
 
@@ -86,8 +90,12 @@ class Daemon:
                 answer = error_frame(2, f"no request within {FIRST_FRAME_SECONDS:g} s")
             except AgentrunError as error:
                 answer = error_frame(error.exit_code, str(error))
+            except Exception as error:  # noqa: BLE001  one request must not end the others, whatever it found
+                _log.exception("a request failed in a way that was not foreseen")
+                answer = error_frame(125, f"internal error: {type(error).__name__}: {error}")
             if answer:
-                await _send_all(sock, answer)
+                with trio.move_on_after(LAST_FRAME_SECONDS):
+                    await _send_all(sock, answer)
 
     async def _answer(self, sock: trio.socket.SocketType, frame: bytes, fds: list[int]) -> bytes | None:
         try:

@@ -205,6 +205,7 @@ class Executor:
         pool = self._fleet.pool(call.request.tenant, policy)
         while True:
             slot, call.warm = await pool.lease()
+            call.leased = monotonic()
             try:
                 if policy.limits != DEFAULT.limits:
                     self._fleet.adjust(slot, files)

@@ -152,12 +152,12 @@ class Pool:
             if self._pause and not self._waiting:
                 await trio.sleep(self._pause)
             slot = await self._build()
-        except AgentrunError as error:
+        except (AgentrunError, OSError) as error:
             self._failed += 1
             self._pause = min(RETRY_MOST, self._pause * 2 or 0.05)
             if self._waiting:
                 wait = self._waiting.popleft()
-                wait.error = error
+                wait.error = error if isinstance(error, AgentrunError) else HostError(f"building a sandbox: {error}")
                 wait.event.set()
         else:
             self._built += 1

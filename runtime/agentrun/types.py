@@ -53,7 +53,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     leased: float
     """A sandbox was ours."""
     dispatched: float
-    """The request had been sent into it."""
+    """The request was sent into it."""
     first_exec: float | None
     """The sandbox was about to execve the tool; null if it never got there."""
     total: float

@@ -161,10 +161,11 @@ static long execute(struct run *run) {
     if (str_chr(name, '/')) return sys_execve(name, run->argv, run->envp);
     for (const char *p = path ? path : "/usr/bin:/bin"; ; p++) {
         char full[4096], *q = full;
-        while (*p && *p != ':' && q < full + sizeof full - 1) *q++ = *p++;
-        q = str_add(q, full + sizeof full, q == full ? "./" : "/");
-        q = str_add(q, full + sizeof full, name);
-        err = sys_execve(full, run->argv, run->envp);
+        const char *end = full + sizeof full;
+        for (; *p && *p != ':'; p++)
+            if (q < end - 1) *q++ = *p;
+        q = str_add(str_add(q, end, q == full ? "./" : "/"), end, name);
+        err = q < end - 1 ? sys_execve(full, run->argv, run->envp) : -ENOENT;  // longer than any path can be
         if (err == -EACCES) seen = err;
         else if (err != -ENOENT && err != -ENOTDIR) return err;
         if (!*p) return seen;
