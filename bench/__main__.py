@@ -118,10 +118,8 @@ async def latency_part(
         rows = await measure_latency(contenders, options.calls or (40 if options.quick else 300), options.seed)
         print_latency(rows, report)
         for library in libraries:
-            if library.unsettled:
-                report.say(f"NOTE {library.name}: background work had not ended within the limit, {library.unsettled} times")
-            if library.cold and library.name != LIBRARY_COLD:
-                report.say(f"NOTE {library.name}: {library.cold} calls found no warm sandbox")
+            for remark in library.remarks(cold_expected=library.name == LIBRARY_COLD):
+                report.say(f"NOTE {remark}")
         steps = {step: round(median(values), 4) for step, values in libraries[0].steps.items() if values} if libraries else {}
         if steps:
             report.say(f"{LIBRARY}, ms since the call, p50: " + ", ".join(f"{step} {at:.3f}" for step, at in steps.items()))
@@ -137,8 +135,10 @@ async def throughput_part(options: argparse.Namespace, scratch: Path, peers: Pee
         contenders: list[Contender] = [plain_spawn()]
         contenders += [program for program in peers.programs if program.name in (BWRAP, CRUN)]
         stack.enter_context(more_descriptors(8192))
+        libraries: list[Library] = []
         try:
-            contenders.append(Library(await stack.enter_async_context(open_executor())))
+            libraries.append(Library(await stack.enter_async_context(open_executor())))
+            contenders += libraries
         except AgentrunError as error:
             report.say(f"LEFT OUT agentrun library: {error}")
         client = await stack.enter_async_context(open_client(scratch, report))
@@ -147,6 +147,8 @@ async def throughput_part(options: argparse.Namespace, scratch: Path, peers: Pee
         rounds, window = (2, 0.8) if options.quick else (5, 2.0)
         rows = await measure_throughput(contenders, (1, 8, 32), rounds, window, options.seed)
         print_throughput(rows, report, BWRAP)
+        for remark in [remark for library in libraries for remark in library.remarks()]:
+            report.say(f"NOTE {remark}")
         return rows
 
 

@@ -30,6 +30,8 @@ def make_bundle(where: Path) -> Path:
 
 
 def _libraries(program: str) -> list[str]:
+    if shutil.which("ldd") is None:  # a static /bin/true needs none; else the runtimes' trial calls say what is missing
+        return []
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False, timeout=10)
     return re.findall(r"(/[^\s()]+)", listed.stdout)
 

@@ -77,7 +77,7 @@ class Report:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table (Markdown, aligned); the first column is words, the others are numbers."""
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
         rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
         for row in (head, rule, *rows):
             cells = [text.ljust(widths[0]) if column == 0 else text.rjust(widths[column]) for column, text in enumerate(row)]

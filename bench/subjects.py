@@ -60,6 +60,17 @@ class Library(Contender):
         self._count(result)
         return elapsed
 
+    def remarks(self, *, cold_expected: bool = False) -> list[str]:
+        """What a reader of the figures must know."""
+        remarks = []
+        if self.unsettled:
+            remarks.append(f"{self.name}: background work had not ended within {_SETTLE_LIMIT:g} s, {self.unsettled} times")
+        if self.cold and not cold_expected:
+            remarks.append(f"{self.name}: {self.cold} of {len(self.steps['total'])} calls found no warm sandbox")
+        if stuck := self.executor.statistics().stuck:
+            remarks.append(f"{self.name}: {stuck} sandboxes could not be removed")
+        return remarks
+
     def _count(self, result: Result) -> None:
         if not result.ok:
             raise CallError(f"{result.outcome}, exit code {result.exit_code}: {result.verdict}")

@@ -33,7 +33,8 @@ def enter_view(arguments: list[str]) -> str:
     if os.geteuid() != 0:
         return "the hybrid cgroup layout stays as it is (a private view needs root): crun, runc and podman may refuse it"
     scratch = tempfile.mkdtemp(prefix="agentrun-bench-cgroup-")
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SCRIPT, "bench", _cgroup2_mount(), scratch]
+    mount = _cgroup2_mount()
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SCRIPT, "bench", mount, scratch]
     try:
         trial = subprocess.run([*command, "true"], capture_output=True, text=True, check=False, timeout=10)
         error = trial.stderr.strip() if trial.returncode else ""
@@ -43,6 +44,8 @@ def enter_view(arguments: list[str]) -> str:
         os.rmdir(scratch)
         return f"no private cgroup2 view ({error}): crun, runc and podman may refuse the hybrid layout"
     os.environ[_MARK] = scratch
+    if os.environ.get("AGENTRUN_CGROUP", "").startswith(mount):
+        os.environ["AGENTRUN_CGROUP"] = "/sys/fs/cgroup" + os.environ["AGENTRUN_CGROUP"].removeprefix(mount)
     sys.stdout.flush()
     return os.execvp(command[0], [*command, sys.executable, "-m", "bench", *arguments])
 

@@ -162,21 +162,28 @@ class Daemon:
         self.env = {**os.environ, "AGENTRUN_SOCKET": self.socket, "PATH": f"{BIN}:{SYSTEM_PATH}"}
         self._log = directory / "log"
         (directory / "config.toml").write_text(config)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self._log.open("wb") as log:
-            (directory / "notify").unlink(missing_ok=True)
-            notify.bind(str(directory / "notify"))
-            notify.settimeout(PATIENCE)
-            command = [BIN / "agentrun-cli", "daemon", "--name", self.name, "--socket", self.socket]
+        notify = self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        (directory / "notify").unlink(missing_ok=True)
+        notify.bind(str(directory / "notify"))
+        notify.settimeout(PATIENCE)
+        command = [BIN / "agentrun-cli", "daemon", "--name", self.name, "--socket", self.socket]
+        with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--config", directory / "config.toml", *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self.env | {"NOTIFY_SOCKET": str(directory / "notify"), "DAEMON_SECRET": "hunter2"},
             )  # fmt: skip
-            self.pid = self.process.pid
-            try:
-                assert notify.recv(4096).startswith(b"READY=1")
-            except TimeoutError:
-                self.process.kill()
-                raise AssertionError(f"the daemon did not start: {self.log()}") from None
+        self.pid = self.process.pid
+        try:
+            assert notify.recv(4096).startswith(b"READY=1")
+        except TimeoutError:
+            self.kill()
+            raise AssertionError(f"the daemon did not start: {self.log()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL: what it leaves is left."""
+        self.process.kill()
+        self.process.wait()
+        self._notify.close()
 
     def log(self) -> str:
         return self._log.read_text()
@@ -216,8 +223,7 @@ class Daemon:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(PATIENCE) == 0, self.log()
         finally:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         assert not self.cgroup.exists()
         assert not Path(self.socket).exists()
         assert self.log() == ""
@@ -315,6 +321,45 @@ def pids_below(cgroup: Path) -> list[int]:
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
     return found
+
+
+def is_init(pid: int) -> bool:
+    """It is PID 1 of a sandbox."""
+    try:
+        return f"\nNSpid:\t{pid}\t1\n" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+class Watched:
+    """Processes by pidfd: however the numbers are used again, these are meant."""
+
+    def __init__(self, pids) -> None:
+        self._fds = {}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                self._fds[pid] = os.pidfd_open(pid)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def all_die(self, seconds: float = PATIENCE) -> None:
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        for fd in self._fds.values():
+            poll.register(fd, select.POLLIN)
+        left = set(self._fds.values())
+        while left:
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            assert ready, f"still alive: {[pid for pid, fd in self._fds.items() if fd in left]}"
+            for fd, _ in ready:
+                poll.unregister(fd)
+                left.discard(fd)
+        self.close()
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
 
 class Leaks:

@@ -37,11 +37,11 @@ class Capture:
         return False
 
     def finish(self) -> None:
-        """Take what is still in the pipe and close it; for when every writer is dead."""
-        while self.fd >= 0:
+        """Take what is still in the pipe and stop reading; for when every writer is dead."""
+        before = -1
+        while self.fd >= 0 and self.total != before:
             before = self.total
-            if not self.drain() and self.total == before:
-                self.close()
+            self.drain()
 
     def _keep(self, data: bytes) -> None:
         self.total += len(data)

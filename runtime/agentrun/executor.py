@@ -243,7 +243,7 @@ class Executor:
         return self._fleet.owner(tenant)
 
     async def warm_up(self, policy: Policy | str = DEFAULT, tenant: str = "default", count: int = 1) -> None:
-        """Have ``count`` warm slots ready for calls of this policy and tenant.
+        """Have ``count`` warm slots ready for calls of this policy and tenant, and keep as many from here on.
 
         Raises:
             HostError: they could not be built.
@@ -310,6 +310,7 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                 fleet = Fleet(chosen, tree, nursery, life_read)
                 executor = Executor(chosen, tree, fleet)
                 nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
+                nursery.start_soon(fleet.do_chores, name="agentrun chores")
                 try:
                     yield executor
                 finally:

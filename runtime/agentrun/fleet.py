@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
@@ -50,6 +51,8 @@ class Fleet:
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
         self._built = 0
+        self._chores: deque[Callable[[], None]] = deque()
+        self._bell = trio.Event()
         self.stuck = 0
         """Sandboxes that could not be removed; each was logged."""
 
@@ -79,7 +82,7 @@ class Fleet:
             name = f"{self._built:x}"
             return await build_slot(await self._zygote(shape), self._tree, tenant, name, files, maps)
 
-        pool = Pool(build, self._discard, self._nursery, least=self._config.pool_least, most=self._config.pool_most)
+        pool = Pool(build, self._discard, self._later, self._nursery, least=self._config.pool_least, most=self._config.pool_most)
         self._pools[tenant, shape] = pool
         return pool
 
@@ -140,6 +143,22 @@ class Fleet:
                 self._zygotes[shape] = zygote
             return zygote
 
+    def _later(self, chore: Callable[[], None]) -> None:
+        """Do something after the call that asks for it has returned: nothing it needs may wait for this."""
+        self._chores.append(chore)
+        self._bell.set()
+
+    async def do_chores(self) -> None:
+        """Take down used slots and build new ones; runs as long as the fleet does."""
+        while True:
+            await self._bell.wait()
+            self._bell = trio.Event()
+            self._do_chores()
+
+    def _do_chores(self) -> None:
+        while self._chores:
+            self._chores.popleft()()
+
     def _discard(self, slot: Slot) -> None:
         self._nursery.start_soon(self._dispose, slot)
 
@@ -164,6 +183,7 @@ class Fleet:
 
     async def aclose(self) -> None:
         """End the idle slots and the zygotes."""
+        self._do_chores()
         for pool in self._pools.values():
             pool.close()
         for zygote in self._zygotes.values():

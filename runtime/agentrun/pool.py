@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 import trio
@@ -48,13 +49,16 @@ class Pool:
         self,
         build: Callable[[], Awaitable[Slot]],
         discard: Callable[[Slot], None],
+        later: Callable[[Callable[[], None]], None],
         nursery: trio.Nursery,
         *,
         least: int,
         most: int,
     ) -> None:
-        """``build`` makes one slot; ``discard`` ends one in the background. ``least`` ≤ idle slots ≤ ``most``."""
-        self._build, self._discard, self._nursery = build, discard, nursery
+        """``build`` makes one slot; ``discard`` ends one in the background; ``later`` runs something after the current task
+        has gone on. ``least`` ≤ idle slots ≤ ``most``.
+        """
+        self._build, self._discard, self._later, self._nursery = build, discard, later, nursery
         self._least, self._most = least, most
         self._idle: deque[Slot] = deque()
         self._waiting: deque[_Wait] = deque()
@@ -100,6 +104,9 @@ class Pool:
     def release(self, slot: Slot) -> None:
         """End a leased slot in the background and make room for the next."""
         self._leased -= 1
+        self._later(partial(self._replace, slot))
+
+    def _replace(self, slot: Slot) -> None:
         self._discard(slot)
         self._refill()
 
@@ -114,7 +121,8 @@ class Pool:
         self._refill()
 
     async def fill(self, count: int) -> None:
-        """Have ``count`` warm slots now, whatever the target (benchmarks, and tests of many idle sandboxes)."""
+        """Have ``count`` warm slots now, and keep as many from here on, even above ``most``."""
+        self._least, self._most = max(self._least, count), max(self._most, count)
         while len(self._idle) < count:
             self._idle.append(await self._build())
             self._built += 1

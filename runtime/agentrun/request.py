@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -25,6 +26,7 @@ BASE_ENV = {
 }
 """The environment of every call; nothing of the daemon's or the caller's is in it unless named."""
 
+_BASE_ENTRIES = tuple(key + b"=" + value for key, value in BASE_ENV.items())
 TENANT_MAX = 64
 
 
@@ -67,11 +69,13 @@ def encode_env(overrides: Mapping[str, str] | Sequence[bytes] | None) -> tuple[b
     Raises:
         UsageError: a name is empty or contains ``=`` or NUL, or a value contains NUL.
     """
+    if not overrides:
+        return _BASE_ENTRIES
     env = dict(BASE_ENV)
     if isinstance(overrides, Mapping):
         pairs = [(os.fsencode(key), os.fsencode(value)) for key, value in overrides.items()]
     else:
-        pairs = [(key, value) for key, _, value in (entry.partition(b"=") for entry in overrides or ())]
+        pairs = [(key, value) for key, _, value in (entry.partition(b"=") for entry in overrides)]
     for key, value in pairs:
         if not key or b"=" in key or b"\0" in key or b"\0" in value:
             raise UsageError(f"environment variable {key[:40]!r}: a name is not empty, without '=', and nothing has a NUL")
@@ -79,6 +83,7 @@ def encode_env(overrides: Mapping[str, str] | Sequence[bytes] | None) -> tuple[b
     return tuple(key + b"=" + value for key, value in env.items())
 
 
+@lru_cache(1024)
 def check_tenant(name: str) -> str:
     """A tenant's name as a cgroup directory can carry it.
 

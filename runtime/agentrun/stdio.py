@@ -20,7 +20,7 @@ _PIPE_FLAGS = os.O_CLOEXEC
 class Stdio:
     """What one call's descriptors are. ``child`` go to the tool; ``close_child`` after they were sent, ``close`` at the end."""
 
-    __slots__ = ("_owned", "captures", "child", "parent", "terminal")
+    __slots__ = ("_held", "_owned", "captures", "child", "parent", "terminal")
 
     def __init__(self) -> None:
         self.child: list[int] = []
@@ -29,6 +29,7 @@ class Stdio:
         self.captures: dict[str, Capture] = {}
         self.terminal = False
         self._owned: list[int] = []
+        self._held: list[int] = []
 
     @classmethod
     def for_run(cls, stdin: Input, stdout: Output, stderr: Output, owner: tuple[int, int], bound: int, null: int) -> Stdio:
@@ -45,7 +46,10 @@ class Stdio:
             for name, given in (("stdout", stdout), ("stderr", stderr)):
                 if given is None:
                     read, write = self._pipe(owner)
+                    # Our copy of the write end stays open until the call has ended: the pipe then never reports its end of
+                    # file, and an exit is one wake-up instead of three.
                     self.captures[name] = Capture(read, bound)
+                    self._held.append(write)
                     self.child.append(write)
                 else:
                     self.child.append(self._stream(name, given, owner))
@@ -102,12 +106,12 @@ class Stdio:
         return read, write
 
     def close_child(self) -> None:
-        """Close our copies of what the tool has now, so that its end of file is seen."""
-        ours = {*self.parent.values(), *(capture.fd for capture in self.captures.values())}
+        """Close our copies of what the tool has now, so that whoever is at the other end of a stream sees its end."""
+        keep = {*self._held, *self.parent.values(), *(capture.fd for capture in self.captures.values())}
         for fd in self._owned:
-            if fd not in ours:
+            if fd not in keep:
                 os.close(fd)
-        self._owned = [fd for fd in self._owned if fd in self.parent.values()]
+        self._owned = [fd for fd in self._owned if fd in keep]
 
     def give_parent(self, name: str) -> int:
         """Hand one of our ends over to the caller."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentrun import HostError, UsageError, Workspace
-from tests.support import open_daemon
+from tests.support import CLIENT, open_daemon
 
 pytestmark = pytest.mark.host
 
@@ -56,6 +56,18 @@ def test_it_may_be_below(executor, place):
     (place / "f").write_text("x")
     assert executor.text("cat f; echo y > g; pwd -P", workspace=str(place)) == f"x{place}"
     assert (place / "g").read_text() == "y\n"
+
+
+def test_it_may_be_in_a_top_level_directory_that_is_new(executor):
+    """A daemon lives for months; its image was opened before this directory was made."""
+    executor.text("true")
+    top = Path(f"/agentrun-test-{os.getpid()}-{secrets.token_hex(4)}")
+    (top / "w").mkdir(parents=True)
+    try:
+        assert executor.text("echo y > g; pwd -P", workspace=str(top / "w")) == f"{top}/w"
+        assert (top / "w/g").read_text() == "y\n"
+    finally:
+        shutil.rmtree(top)
 
 
 @pytest.mark.parametrize("place", ["/root", "/home", "/tmp"], indirect=True)
@@ -205,8 +217,6 @@ def as_other(daemon, *args: str, cwd: str = "/") -> subprocess.CompletedProcess:
 @pytest.fixture
 def client(tmp_path_factory, open_to_users):
     """Run the client as another user, who may not read below /root: a copy of it stands in a public place."""
-    from tests.support import CLIENT
-
     with tempfile.TemporaryDirectory(prefix="agentrun-test-") as directory:
         os.chmod(directory, 0o755)
         program = shutil.copy(CLIENT, directory)

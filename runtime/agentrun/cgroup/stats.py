@@ -5,12 +5,8 @@ from __future__ import annotations
 
 def parse_flat(text: bytes) -> dict[str, int]:
     """A flat-keyed file such as cpu.stat or memory.events: one ``key value`` pair a line."""
-    result = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(b" ")
-        if value.isdigit():
-            result[key.decode()] = int(value)
-    return result
+    words = text.split()
+    return {key.decode(): int(value) for key, value in zip(words[::2], words[1::2], strict=False) if value.isdigit()}
 
 
 def parse_io(text: bytes) -> tuple[int, int]:

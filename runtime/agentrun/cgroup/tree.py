@@ -103,16 +103,7 @@ class Tree:
         self.base = base
         self._tenants: dict[str, int] = {}
         self._plans: dict[Limits, tuple[dict[str, str], tuple[Unenforced, ...]]] = {}
-        self.fd = -1
-        try:
-            self.path.mkdir(exist_ok=True)
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.fd)
-            raise HostError(f"{self.path} belongs to an agentrun that is running") from None
-        except OSError as error:
-            raise HostError(f"making a cgroup at {self.path}: {error.strerror}") from error
+        self.fd = _claim(self.path)
         try:
             _clear(self.fd, self.path)  # a dead owner of the same name
             self.controllers = self._enable()
@@ -202,10 +193,12 @@ class Tree:
             os.close(fd)
         self._tenants.clear()
         if self.fd >= 0:
-            _clear(self.fd, self.path)
-            os.rmdir(self.path)
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+            try:
+                _clear(self.fd, self.path)
+                _rmdir(self.path)
+            finally:
+                fd, self.fd = self.fd, -1
+                os.close(fd)
 
 
 def remove_stale(base: Path) -> list[str]:
@@ -219,13 +212,56 @@ def remove_stale(base: Path) -> list[str]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _clear(fd, path)
-            os.rmdir(path)
+            _rmdir(path)
             removed.append(path.name)
         except (BlockingIOError, FileNotFoundError):
-            continue
+            continue  # it has an owner, or somebody else removed it first
         finally:
             os.close(fd)
     return removed
+
+
+def _claim(path: Path, patience: float = 1.0) -> int:
+    """Make a cgroup and take its lock; returns its descriptor.
+
+    Somebody who looks for stale trees may hold the lock for a moment, or remove the directory between our mkdir and our
+    lock; so try again for a little, and believe only a lock on what is there now.
+
+    Raises:
+        HostError: a live owner has it, or the base refuses a child.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        fd = -1
+        try:
+            path.mkdir(exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                return fd
+            os.close(fd)
+        except (BlockingIOError, FileNotFoundError):
+            if fd >= 0:
+                os.close(fd)
+            if time.monotonic() > deadline:
+                raise HostError(f"{path} belongs to an agentrun that is running") from None
+            time.sleep(0.01)
+        except OSError as error:
+            raise HostError(f"making a cgroup at {path}: {error.strerror}") from error
+
+
+def _rmdir(path: Path, patience: float = 5.0) -> None:
+    """rmdir, while the kernel may still be letting go of what died there (EBUSY)."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
+        else:
+            return
 
 
 def _where_is(controller: str) -> str:

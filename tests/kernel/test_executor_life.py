@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library: cancelling, streaming, a full queue, and what happens when parts of an executor die."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from agentrun import PIPE, HostError, Outcome, Overloaded, UsageError, open_executor
+from tests.support import Leaks, cgroup_of, descendants, is_init, own_config, pids_below, run_async, with_executor
+
+pytestmark = pytest.mark.host
+
+TREE = "for i in 1 2 3 4 5; do (sleep 60 & setsid sleep 60 &) ; done; sleep 60"
+
+
+def idle(executor) -> int:
+    return sum(pool.idle for pool in executor.statistics().pools.values())
+
+
+async def settled(executor, count: int = 1) -> None:
+    with trio.fail_after(20):
+        while idle(executor) < count:
+            await trio.sleep(0.005)
+
+
+def test_cancelling_a_call_leaves_nothing():
+    async def body(executor):
+        await executor.run(["true"])
+        await settled(executor)
+        before = Leaks(executor.tree.path)
+        with trio.move_on_after(0.3) as scope:
+            await executor.run(["sh", "-c", TREE])
+        assert scope.cancelled_caught
+        assert executor.calls() == {}
+        await trio.to_thread.run_sync(before.check)
+        assert (await executor.run(["true"])).ok
+
+    with_executor(body)
+
+
+def test_a_cancelled_call_is_dead_when_the_cancellation_goes_on():
+    async def body(executor):
+        leaves = []
+        with trio.CancelScope() as scope:
+            async with executor.start(["sh", "-c", TREE]) as call:
+                leaves.append(executor.tree.path / "tenant-default" / f"call-{call.id}")
+                with trio.fail_after(10):
+                    while len(pids_below(leaves[0])) < 10:
+                        await trio.sleep(0.005)
+                scope.cancel()
+                await trio.sleep_forever()
+        assert pids_below(leaves[0]) == []
+
+    with_executor(body)
+
+
+def test_more_calls_than_may_run_and_wait_are_refused():
+    async def body(executor):
+        outcomes = []
+
+        async def one():
+            try:
+                outcomes.append((await executor.run(["sleep", "0.5"])).ok)
+            except Overloaded as error:
+                outcomes.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(one)
+        assert outcomes.count(True) == 5
+        assert outcomes.count("2 calls run and 3 wait; try again later") == 5
+        stats = executor.statistics()
+        assert (stats.running, stats.queued, stats.refused) == (0, 0, 5)
+
+    with_executor(body, max_running=2, max_queued=3)
+
+
+def test_a_call_cancelled_while_it_waits_gives_its_place_back():
+    async def body(executor):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(executor.run, ["sleep", "1"])
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            with trio.move_on_after(0.1) as scope:
+                await executor.run(["true"])
+            assert scope.cancelled_caught
+        assert (executor.statistics().running, executor.statistics().queued) == (0, 0)
+        for _ in range(3):
+            assert (await executor.run(["true"])).ok
+
+
+
+    with_executor(body, max_running=1)
+
+
+def test_calls_wait_their_turn():
+    async def body(executor):
+        order = []
+
+        async def one(number):
+            await executor.run(["sleep", "0.05"])
+            order.append(number)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(one, number)
+                await trio.lowlevel.checkpoint()
+        assert sorted(order) == list(range(6))
+
+    with_executor(body, max_running=1)
+
+
+def test_streams_both_ways():
+    async def body(executor):
+        async with executor.start(["sh", "-c", "while read x; do echo got $x; echo e >&2; done; exit 4"], stdin=PIPE) as call:
+            for word in (b"one", b"two"):
+                await call.stdin.send_all(word + b"\n")
+                assert await call.stdout.receive_some() == b"got " + word + b"\n"
+                assert await call.stderr.receive_some() == b"e\n"
+            await call.stdin.aclose()
+            result = await call.wait()
+            assert await call.stdout.receive_some() == b""
+        assert (result.outcome, result.exit_code, result.stdout) == (Outcome.EXITED, 4, None)
+
+    with_executor(body)
+
+
+def test_much_through_a_stream():
+    async def body(executor):
+        async with executor.start(["cat"], stdin=PIPE) as call, trio.open_nursery() as nursery:
+
+            async def feed():
+                for _ in range(160):
+                    await call.stdin.send_all(bytes(65536))
+                await call.stdin.aclose()
+
+            nursery.start_soon(feed)
+            total = 0
+            async for chunk in call.stdout:
+                total += len(chunk)
+            assert total == 160 * 65536
+            assert (await call.wait()).ok
+
+    with_executor(body)
+
+
+def test_a_signal_reaches_the_whole_group():
+    async def body(executor):
+        script = "trap 'echo caught; exit 7' USR1; (trap 'echo child; exit' USR1; echo r; while :; do sleep 0.01; done) & echo r; while :; do sleep 0.01; done"
+        async with executor.start(["sh", "-c", script]) as call:
+            text = b""
+            while text.count(b"r\n") < 2:
+                text += await call.stdout.receive_some()
+            call.send_signal(signal.SIGUSR1)
+            result = await call.wait()
+            call.send_signal(signal.SIGUSR1)  # after the end: nothing
+            async for chunk in call.stdout:
+                text += chunk
+        assert b"caught\n" in text
+        assert result.exit_code == 7
+
+    with_executor(body)
+
+
+def test_kill_makes_it_cancelled():
+    async def body(executor):
+        async with executor.start(["sh", "-c", TREE]) as call:
+            call.kill()
+            result = await call.wait()
+        assert (result.outcome, result.signal, result.verdict.reason) == (Outcome.CANCELLED, 9, "cancelled")
+
+    with_executor(body)
+
+
+def test_leaving_the_block_kills():
+    async def body(executor):
+        async with executor.start(["sh", "-c", TREE]) as call:
+            leaf = executor.tree.path / "tenant-default" / f"call-{call.id}"
+        assert pids_below(leaf) == []
+        assert (await call.wait()).outcome is Outcome.CANCELLED
+
+    with_executor(body)
+
+
+def test_a_stream_that_cannot_start_says_so():
+    async def body(executor):
+        async with executor.start(["no-such-command"]) as call:
+            result = await call.wait()
+        assert (result.outcome, result.returncode) == (Outcome.FAILED_TO_START, 127)
+        with pytest.raises(UsageError):
+            async with executor.start([]):
+                pass
+
+    with_executor(body)
+
+
+def test_an_error_in_the_block_kills_and_goes_on():
+    async def body(executor):
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with executor.start(["sleep", "60"]):
+                raise ZeroDivisionError
+        assert caught.group_contains(ZeroDivisionError)
+        assert executor.calls() == {}
+
+    with_executor(body)
+
+
+def test_without_a_pool_every_call_is_cold_and_says_so():
+    async def body(executor):
+        for _ in range(3):
+            assert (await executor.run(["true"])).warm is False
+        assert idle(executor) == 0
+
+    with_executor(body, pool_least=0, pool_most=0)
+
+
+def test_the_first_call_is_cold():
+    async def body(executor):
+        assert (await executor.run(["true"])).warm is False
+        await settled(executor)
+        assert (await executor.run(["true"])).warm is True
+
+    with_executor(body)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_closing_while_calls_run(streaming):
+    config = own_config()
+    before = Leaks(cgroup_of(config.name))
+    outcomes = []
+
+    async def body():
+        async with trio.open_nursery() as nursery:
+            async with open_executor(config) as executor:
+
+                async def one():
+                    if streaming:
+                        async with executor.start(["sh", "-c", TREE]) as call:
+                            outcomes.append((await call.wait()).outcome)
+                    else:
+                        outcomes.append((await executor.run(["sh", "-c", TREE])).outcome)
+
+                for _ in range(4):
+                    nursery.start_soon(one)
+                with trio.fail_after(10):
+                    while len(executor.calls()) < 4:
+                        await trio.sleep(0.005)
+        assert outcomes == [Outcome.CANCELLED] * 4
+
+    run_async(body)
+    before.check()
+    assert not cgroup_of(config.name).exists()
+
+
+def test_a_closed_executor_refuses():
+    async def body():
+        async with open_executor(own_config()) as executor:
+            pass
+        with pytest.raises(HostError, match="clos"):
+            await executor.run(["true"])
+
+    run_async(body)
+
+
+def zygotes() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"agentrun-zygote")
+            and Path(f"/proc/{pid}/ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()]  # fmt: skip
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_zygote_is_killed_while_idle(warm):
+    async def body(executor):
+        await executor.run(["true"])
+        await settled(executor)
+        victims = zygotes()
+        assert victims
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(5):
+            assert (await executor.run(["echo", "ok"])).stdout == b"ok\n"
+
+    with_executor(body, **({} if warm else {"pool_least": 0, "pool_most": 1}))
+
+
+def test_the_inits_of_idle_slots_are_killed():
+    async def body(executor):
+        await executor.run(["true"])
+        await settled(executor, 2)
+        victims = [pid for pid in pids_below(executor.tree.path) if is_init(pid)]
+        assert len(victims) >= 2
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(5):
+            result = await executor.run(["echo", "ok"])
+            assert result.stdout == b"ok\n"
+
+    with_executor(body)
+
+
+def test_the_name_of_a_live_executor_is_taken():
+    async def body(executor):
+        with pytest.raises(HostError, match="belongs to an agentrun that is running"):
+            async with open_executor(executor.config):
+                pass
+        assert (await executor.run(["true"])).ok
+
+    with_executor(body)
+
+
+def test_the_init_of_a_running_call_is_killed():
+    async def body(executor):
+        async with executor.start(["sleep", "60"]) as call:
+            leaf = executor.tree.path / "tenant-default" / f"call-{call.id}"
+            (victim,) = filter(is_init, pids_below(leaf))
+            os.kill(victim, signal.SIGKILL)
+            with trio.fail_after(10):
+                result = await call.wait()
+        assert (result.outcome, result.signal) == (Outcome.SIGNALED, 9)
+        assert (await executor.run(["true"])).ok
+
+    with_executor(body)
+
+
