@@ -69,7 +69,9 @@ class Call:
         self.slot = slot
         if sent < len(message):
             await slot.send_rest(message[sent:])
+        # From here on the tool runs beside us; what its end will need is got ready now instead of then.
         self.stdio.close_child()
+        slot.leaf.open_account()
 
     def kill(self) -> None:
         """End the call now: everything in its leaf dies; the outcome is ``cancelled``."""
@@ -117,8 +119,7 @@ class Call:
                 await slot.wait_dead()
         for capture in self.stdio.captures.values():
             capture.finish()
-        stats = slot.leaf.stats()
-        return self._result(status, timed_out, ended, stats, rss, slot.events())
+        return self._result(status, timed_out, ended, slot.leaf.stats(), rss, slot.events())
 
     def _result(self, status: int, timed_out: bool, ended: float, stats: LeafStats, rss: int, events: list[Event]) -> Result:
         first_exec = next((event.ns / 1e9 for event in events if event.kind is Kind.STARTED), None)

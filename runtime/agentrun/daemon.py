@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 from collections.abc import Sequence
-from time import time
+from time import monotonic, time
 
 import msgspec
 import trio
@@ -109,6 +109,7 @@ class Daemon:
             _close_all(fds)
 
     async def _exec(self, sock: trio.socket.SocketType, request: Exec, fds: list[int]) -> bytes | None:
+        begun = monotonic()
         if len(request.fds) != len(fds) or len(set(request.fds)) != len(fds):
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
         named: dict[str, int] = dict(zip(request.fds, fds, strict=True))
@@ -121,7 +122,7 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, sock, running, nursery.cancel_scope)
                 running.on_dispatched = functools.partial(_close_passed, fds, named.get("workspace", -1))
-                result = await self._executor.perform(resolved, stdio, running)
+                result = await self._executor.perform(resolved, stdio, running, begun=begun)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise _only(group) from None

@@ -107,6 +107,7 @@ class Executor:
             Overloaded: too many calls run and wait.
             HostError: the host failed; also LimitError and SandboxError.
         """
+        begun = monotonic()
         with self._opened(workspace) as (workspace_fd, mode):
             request = self.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=workspace_fd, workspace_mode=mode, cwd=cwd,
@@ -114,7 +115,7 @@ class Executor:
             )  # fmt: skip
             stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
             try:
-                return await self.perform(request, stdio)
+                return await self.perform(request, stdio, begun=begun)
             finally:
                 stdio.close()
 
@@ -179,9 +180,11 @@ class Executor:
             caller=caller if caller is not None else (os.geteuid(), os.getegid()),
         )
 
-    async def perform(self, request: Request, stdio: Stdio, running: Running | None = None) -> Result:
-        """Carry out a resolved request; ``run`` and the daemon come together here."""
-        started = monotonic()
+    async def perform(
+        self, request: Request, stdio: Stdio, running: Running | None = None, *, begun: float | None = None
+    ) -> Result:
+        """Carry out a resolved request; ``run`` and the daemon come together here. ``begun`` is when the call was made."""
+        started = begun if begun is not None else monotonic()
         await self._enter_queue()
         try:
             queued = monotonic()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
+import trio.testing
 
 from agentrun import rootfs
 from agentrun.cgroup.tree import Tree
@@ -149,9 +150,10 @@ class Fleet:
         self._bell.set()
 
     async def do_chores(self) -> None:
-        """Take down used slots and build new ones; runs as long as the fleet does."""
+        """Take down used slots and build new ones, when no task has anything better to do; runs as long as the fleet does."""
         while True:
             await self._bell.wait()
+            await trio.testing.wait_all_tasks_blocked()
             self._bell = trio.Event()
             self._do_chores()
 

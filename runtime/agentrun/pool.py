@@ -82,7 +82,7 @@ class Pool:
         self._count_lease()
         if self._idle:
             self._hits += 1
-            return self._idle.popleft(), True
+            return self._idle.pop(), True  # the youngest: its pages and kernel objects are still in the caches
         self._misses += 1
         wait = _Wait()
         self._waiting.append(wait)

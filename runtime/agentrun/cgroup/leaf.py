@@ -33,7 +33,7 @@ class Leaf:
     ``fd`` is -1 once closed, so that a number the kernel gave to somebody else can never be used by mistake.
     """
 
-    __slots__ = ("_parent_fd", "controllers", "fd", "name", "where")
+    __slots__ = ("_files", "_parent_fd", "controllers", "fd", "name", "where")
 
     def __init__(self, parent_fd: int, name: str, where: str, controllers: frozenset[str], files: Mapping[str, str]) -> None:
         """Make the leaf and write ``files`` (control file → text) to it, before any process can be in it.
@@ -47,6 +47,7 @@ class Leaf:
             raise HostError(f"making the leaf {where}/{name}: {error.strerror}") from error
         self._parent_fd, self.name, self.where, self.controllers = parent_fd, name, f"{where}/{name}", controllers
         self.fd = -1
+        self._files: dict[str, int] = {}
         try:
             self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent_fd)
             for file, text in files.items():
@@ -65,9 +66,18 @@ class Leaf:
         for file, text in files.items():
             write_file(self.fd, file, text, self.where)
 
+    def open_account(self) -> None:
+        """Open what every call's end reads, while there is time: the tool has just been started."""
+        for name in ("cgroup.procs", "cpu.stat"):
+            self._files[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def _read(self, name: str) -> bytes:
+        fd = self._files.get(name, -1)
+        return os.pread(fd, 65536, 0) if fd >= 0 else read_file(self.fd, name) or b""
+
     def pids(self) -> list[int]:
         """The processes in it now (host pids; the dead are not listed)."""
-        return [int(pid) for pid in (read_file(self.fd, "cgroup.procs") or b"").split()]
+        return [int(pid) for pid in self._read("cgroup.procs").split()]
 
     def kill(self) -> None:
         """SIGKILL to everything in it, at once and without a race (cgroup.kill, Linux 5.14).
@@ -85,7 +95,7 @@ class Leaf:
     def stats(self) -> LeafStats:
         """Read its account once; meant for when nothing runs in it any more."""
         fd, has = self.fd, self.controllers
-        cpu = parse_flat(read_file(fd, "cpu.stat") or b"")
+        cpu = parse_flat(self._read("cpu.stat"))
         events = parse_flat(read_file(fd, "memory.events") or b"") if "memory" in has else {}
         io = parse_io(read_file(fd, "io.stat") or b"") if "io" in has else (None, None)
         throttled = cpu.get("throttled_usec") if "cpu" in has else None
@@ -114,7 +124,10 @@ class Leaf:
         return True
 
     def close(self) -> None:
-        """Forget the descriptor; the cgroup stays."""
+        """Forget the descriptors; the cgroup stays."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
