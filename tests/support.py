@@ -110,7 +110,7 @@ class Blocking:
     def _main(self) -> None:
         try:
             trio.run(self._serve)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again where the thread is waited for
             self._failure = error
         finally:
             self._ready.set()
@@ -317,7 +317,7 @@ def descendants(root: int) -> dict[int, tuple[int, str, str]]:
 def pids_below(cgroup: Path) -> list[int]:
     """Every process in a cgroup tree, leaf by leaf; a leaf that goes away meanwhile has none."""
     found = []
-    for path in [cgroup, *cgroup.glob("**/")]:
+    for path in cgroup.glob("**/"):  # itself too
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
     return found
@@ -336,7 +336,7 @@ class Watched:
 
     def __init__(self, pids) -> None:
         self._fds = {}
-        for pid in pids:
+        for pid in set(pids):
             with contextlib.suppress(ProcessLookupError):
                 self._fds[pid] = os.pidfd_open(pid)
 
@@ -409,5 +409,3 @@ class Leaks:
 def result_of(done: subprocess.CompletedProcess) -> dict:
     """The document of ``agentrun exec --json``."""
     return json.loads(done.stdout)
-
-

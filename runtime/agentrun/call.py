@@ -168,11 +168,8 @@ class Call:
         exit_code, number = (code, None) if code >= 0 else (None, -code)
         if failed is not None:
             return Outcome.FAILED_TO_START, _start_code(failed), None, _start_verdict(failed, self.request)
-        limits = self.request.policy.limits
         if stats.oom_kills:
-            message = f"killed at the memory limit ({limits.memory_max} bytes); peak {stats.memory_peak} bytes"
-            advice = "ask for more memory, or do the work in smaller pieces (fewer parallel jobs, part of the data)"
-            return Outcome.MEMORY_KILLED, None, signal.SIGKILL, Verdict(reason="memory", message=message, advice=advice)
+            return Outcome.MEMORY_KILLED, None, signal.SIGKILL, self._memory_verdict(stats)
         if timed_out:
             message = f"killed after {self.request.policy.timeout:g} s"
             advice = "give it more time, or do less in one call; run long-lived servers outside a tool call"
@@ -181,6 +178,16 @@ class Call:
             verdict = Verdict(reason="cancelled", message="killed on request", advice="run it again if it is still wanted")
             return Outcome.CANCELLED, None, number, verdict
         return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, None
+
+    def _memory_verdict(self, stats: LeafStats) -> Verdict:
+        peak = "" if stats.memory_peak is None else f"; this call's peak was {stats.memory_peak} bytes"
+        if stats.ooms:
+            message = f"killed at its memory limit, {self.request.policy.limits.memory_max} bytes{peak}"
+            advice = "ask for more memory, or do the work in smaller pieces (fewer parallel jobs, part of the data)"
+        else:
+            message = f"killed because the tenant's memory budget, or the host's memory, ran out{peak}"
+            advice = "run fewer calls at once; this one may not be the one that used the most"
+        return Verdict(reason="memory", message=message, advice=advice)
 
 
 async def _wait_exit(pidfd: int, captures: dict[str, Capture]) -> None:

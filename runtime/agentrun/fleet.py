@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from agentrun import rootfs
+from agentrun.cgroup.limits import plan_budget
 from agentrun.cgroup.tree import Tree
 from agentrun.errors import HostError
 from agentrun.policy import DEFAULT, Limits, Policy
@@ -74,8 +75,7 @@ class Fleet:
     def _make_pool(self, tenant: str, shape: Shape) -> Pool:
         base = self.id_base(tenant)
         maps = ((False, 0, base, ID_RANGE), (True, 0, base, ID_RANGE))
-        budget, _ = self._tree.plan(self._config.tenant_limits.get(tenant, _NO_LIMITS))
-        self._tree.tenant(tenant, budget)
+        self._tree.tenant(tenant, plan_budget(self._config.tenant_limits.get(tenant, _NO_LIMITS)))
         files, _ = self._tree.plan(shape.limits)
 
         async def build() -> Slot:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Killed without a chance to clean up: nothing goes on running, everybody is told, and the next one starts clean."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrun.cgroup.tree import remove_stale
+from agentrun.cgroup.tree import find_mount, remove_stale
 from tests.support import Daemon, Leaks, Watched, cgroup_of, descendants, eventually, is_init, pids_below, processes, unique_name
 
 pytestmark = pytest.mark.host
@@ -138,6 +139,28 @@ def test_the_name_and_the_socket_of_a_live_daemon_are_taken(directory):
         daemon.works()
     finally:
         daemon.stop()
+
+
+def test_what_cannot_be_removed_of_a_dead_one_stops_nobody(directory, monkeypatch):
+    """An ``agentrun-*`` that nobody holds, with a process right in it; in a base of our own, since all are looked at."""
+    mount = find_mount()
+    base = mount / unique_name()
+    stale = base / "agentrun-stale"
+    stale.mkdir(parents=True)
+    monkeypatch.setenv("AGENTRUN_CGROUP", str(base))
+    try:
+        with subprocess.Popen(["sleep", "300"]) as sleeper:
+            (stale / "cgroup.procs").write_text(str(sleeper.pid))
+            try:
+                daemon = Daemon(directory)
+                daemon.works()
+                daemon.stop()
+            finally:
+                sleeper.kill()
+    finally:
+        for path in (stale, base / "supervisor", base):
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
 
 
 EMBEDDED = """

@@ -29,7 +29,9 @@ def test_an_exit_code_is_the_tools_own(executor, code):
     assert result.verdict is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGPIPE, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGPIPE, signal.SIGHUP]
+)
 def test_a_signal_is_reported_as_one(executor, number):
     result = executor.sh(f"kill -{number.value} $$")
     assert (result.outcome, result.exit_code, result.signal) == (Outcome.SIGNALED, None, number)

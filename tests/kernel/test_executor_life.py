@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library: cancelling, streaming, a full queue, and what happens when parts of an executor die."""
+"""The library: cancelling, a full queue, and what happens when parts of an executor die."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from agentrun import PIPE, HostError, Outcome, Overloaded, UsageError, open_executor
+from agentrun import HostError, Outcome, Overloaded, open_executor
 from tests.support import Leaks, cgroup_of, descendants, is_init, own_config, pids_below, run_async, with_executor
 
 pytestmark = pytest.mark.host
@@ -91,8 +91,6 @@ def test_a_call_cancelled_while_it_waits_gives_its_place_back():
         for _ in range(3):
             assert (await executor.run(["true"])).ok
 
-
-
     with_executor(body, max_running=1)
 
 
@@ -111,101 +109,6 @@ def test_calls_wait_their_turn():
         assert sorted(order) == list(range(6))
 
     with_executor(body, max_running=1)
-
-
-def test_streams_both_ways():
-    async def body(executor):
-        async with executor.start(["sh", "-c", "while read x; do echo got $x; echo e >&2; done; exit 4"], stdin=PIPE) as call:
-            for word in (b"one", b"two"):
-                await call.stdin.send_all(word + b"\n")
-                assert await call.stdout.receive_some() == b"got " + word + b"\n"
-                assert await call.stderr.receive_some() == b"e\n"
-            await call.stdin.aclose()
-            result = await call.wait()
-            assert await call.stdout.receive_some() == b""
-        assert (result.outcome, result.exit_code, result.stdout) == (Outcome.EXITED, 4, None)
-
-    with_executor(body)
-
-
-def test_much_through_a_stream():
-    async def body(executor):
-        async with executor.start(["cat"], stdin=PIPE) as call, trio.open_nursery() as nursery:
-
-            async def feed():
-                for _ in range(160):
-                    await call.stdin.send_all(bytes(65536))
-                await call.stdin.aclose()
-
-            nursery.start_soon(feed)
-            total = 0
-            async for chunk in call.stdout:
-                total += len(chunk)
-            assert total == 160 * 65536
-            assert (await call.wait()).ok
-
-    with_executor(body)
-
-
-def test_a_signal_reaches_the_whole_group():
-    async def body(executor):
-        script = "trap 'echo caught; exit 7' USR1; (trap 'echo child; exit' USR1; echo r; while :; do sleep 0.01; done) & echo r; while :; do sleep 0.01; done"
-        async with executor.start(["sh", "-c", script]) as call:
-            text = b""
-            while text.count(b"r\n") < 2:
-                text += await call.stdout.receive_some()
-            call.send_signal(signal.SIGUSR1)
-            result = await call.wait()
-            call.send_signal(signal.SIGUSR1)  # after the end: nothing
-            async for chunk in call.stdout:
-                text += chunk
-        assert b"caught\n" in text
-        assert result.exit_code == 7
-
-    with_executor(body)
-
-
-def test_kill_makes_it_cancelled():
-    async def body(executor):
-        async with executor.start(["sh", "-c", TREE]) as call:
-            call.kill()
-            result = await call.wait()
-        assert (result.outcome, result.signal, result.verdict.reason) == (Outcome.CANCELLED, 9, "cancelled")
-
-    with_executor(body)
-
-
-def test_leaving_the_block_kills():
-    async def body(executor):
-        async with executor.start(["sh", "-c", TREE]) as call:
-            leaf = executor.tree.path / "tenant-default" / f"call-{call.id}"
-        assert pids_below(leaf) == []
-        assert (await call.wait()).outcome is Outcome.CANCELLED
-
-    with_executor(body)
-
-
-def test_a_stream_that_cannot_start_says_so():
-    async def body(executor):
-        async with executor.start(["no-such-command"]) as call:
-            result = await call.wait()
-        assert (result.outcome, result.returncode) == (Outcome.FAILED_TO_START, 127)
-        with pytest.raises(UsageError):
-            async with executor.start([]):
-                pass
-
-    with_executor(body)
-
-
-def test_an_error_in_the_block_kills_and_goes_on():
-    async def body(executor):
-        with pytest.raises(BaseExceptionGroup) as caught:
-            async with executor.start(["sleep", "60"]):
-                raise ZeroDivisionError
-        assert caught.group_contains(ZeroDivisionError)
-        assert executor.calls() == {}
-
-    with_executor(body)
 
 
 def test_without_a_pool_every_call_is_cold_and_says_so():
@@ -233,21 +136,20 @@ def test_closing_while_calls_run(streaming):
     outcomes = []
 
     async def body():
-        async with trio.open_nursery() as nursery:
-            async with open_executor(config) as executor:
+        async with trio.open_nursery() as nursery, open_executor(config) as executor:
 
-                async def one():
-                    if streaming:
-                        async with executor.start(["sh", "-c", TREE]) as call:
-                            outcomes.append((await call.wait()).outcome)
-                    else:
-                        outcomes.append((await executor.run(["sh", "-c", TREE])).outcome)
+            async def one():
+                if streaming:
+                    async with executor.start(["sh", "-c", TREE]) as call:
+                        outcomes.append((await call.wait()).outcome)
+                else:
+                    outcomes.append((await executor.run(["sh", "-c", TREE])).outcome)
 
-                for _ in range(4):
-                    nursery.start_soon(one)
-                with trio.fail_after(10):
-                    while len(executor.calls()) < 4:
-                        await trio.sleep(0.005)
+            for _ in range(4):
+                nursery.start_soon(one)
+            with trio.fail_after(10):
+                while len(executor.calls()) < 4:
+                    await trio.sleep(0.005)
         assert outcomes == [Outcome.CANCELLED] * 4
 
     run_async(body)
@@ -295,7 +197,7 @@ def test_the_inits_of_idle_slots_are_killed():
             os.kill(pid, signal.SIGKILL)
         for _ in range(5):
             result = await executor.run(["echo", "ok"])
-            assert result.stdout == b"ok\n"
+            assert (result.outcome, result.stdout) == (Outcome.EXITED, b"ok\n")
 
     with_executor(body)
 
@@ -322,5 +224,3 @@ def test_the_init_of_a_running_call_is_killed():
         assert (await executor.run(["true"])).ok
 
     with_executor(body)
-
-

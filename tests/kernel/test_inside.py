@@ -92,7 +92,12 @@ def test_no_capability_no_new_privileges_and_a_filter(executor):
 
 def test_signals_are_as_a_program_expects_them(executor):
     lines = executor.text("grep -E '^Sig(Blk|Ign|Pnd)|^ShdPnd' /proc/self/status").splitlines()
-    assert {line.split()[0]: int(line.split()[1], 16) for line in lines} == {"SigPnd:": 0, "ShdPnd:": 0, "SigBlk:": 0, "SigIgn:": 0}
+    assert {line.split()[0]: int(line.split()[1], 16) for line in lines} == {
+        "SigPnd:": 0,
+        "ShdPnd:": 0,
+        "SigBlk:": 0,
+        "SigIgn:": 0,
+    }
     # A writer to a closed pipe dies of SIGPIPE instead of complaining.
     assert executor.sh("yes | head -1").stderr == b""
 
@@ -103,7 +108,7 @@ def test_a_setuid_program_of_the_host_gains_nothing(executor, program):
     if not found or not os.stat(found).st_mode & 0o4000:
         pytest.skip(f"no setuid {program} here")
     # It is asked for the euid it has while it runs: with no terminal and nothing on stdin it waits or fails unprivileged.
-    script = '"$1" </dev/zero >/dev/null 2>&1 & for i in 1 2 3; do awk \'/^Uid/ {print $3}\' /proc/$!/status 2>/dev/null; done'
+    script = "\"$1\" </dev/zero >/dev/null 2>&1 & for i in 1 2 3; do awk '/^Uid/ {print $3}' /proc/$!/status 2>/dev/null; done"
     assert set(executor.sh(script, found).stdout.split()) <= {b"1000"}
 
 
@@ -164,7 +169,9 @@ def test_the_scratch_is_writable_and_private_to_one_call(executor, place):
 
 def test_devices_and_shared_memory(executor):
     executor.text("echo x > /dev/null; head -c 4 /dev/zero | cmp -n 4 - /dev/zero; head -c 4 /dev/urandom > /tmp/r")
-    assert executor.text("ls /dev") == "\n".join(sorted("fd full null ptmx pts random shm stderr stdin stdout tty urandom zero".split()))
+    assert executor.text("ls /dev") == "\n".join(
+        sorted(["fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"])
+    )
     script = (
         "from multiprocessing import shared_memory, get_context\n"
         "m = shared_memory.SharedMemory(create=True, size=4096); m.buf[:2] = b'hi'; n = shared_memory.SharedMemory(m.name)\n"
@@ -215,7 +222,10 @@ def test_the_environment_is_minimal_and_not_ours(executor, monkeypatch):
 
 
 def test_orphans_are_reaped_inside(executor):
-    script = "(sh -c 'exit 0' & sh -c 'exit 1' &) ; i=0; while [ $i -lt 200 ] && ps -A -o stat= | grep -q Z; do i=$((i+1)); done; ps -A -o stat= | grep -c Z"
+    script = (
+        "(sh -c 'exit 0' & sh -c 'exit 1' &) ; i=0; zombies() { ps -A -o stat= | grep -c Z; }\n"
+        "while [ $i -lt 200 ] && [ $(zombies) != 0 ]; do i=$((i+1)); done; zombies"
+    )
     assert executor.sh(script).stdout == b"0\n"
 
 

@@ -50,7 +50,9 @@ async def closed(executor, number):
 
 
 async def orphans(executor, number):
-    result = await executor.run(["sh", "-c", f"(setsid sleep 300 &) ; (setsid sh -c 'sleep 300 & exec sleep 300' &) ; echo {number}"])
+    result = await executor.run(
+        ["sh", "-c", f"(setsid sleep 300 &) ; (setsid sh -c 'sleep 300 & exec sleep 300' &) ; echo {number}"]
+    )
     assert (result.outcome, result.exit_code, result.stdout) == (Outcome.EXITED, 0, b"%d\n" % number)
 
 
@@ -123,7 +125,7 @@ def test_a_storm_of_calls_leaves_nothing():
             for number, kind in todo:
                 try:
                     await kind(executor, number)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - all of them, with their numbers
                     wrong.append((kind.__name__, number, error))
 
         async with trio.open_nursery() as nursery:

@@ -38,7 +38,9 @@ def place(request):
 
 def test_files_come_back_as_the_callers(executor, workspace):
     (workspace / "in").write_text("from the host")
-    text = executor.text("cat in; mkdir -p a/b; echo out > a/b/f; ln -s f a/b/l; stat -c %u:%g in a/b/f", workspace=str(workspace))
+    text = executor.text(
+        "cat in; mkdir -p a/b; echo out > a/b/f; ln -s f a/b/l; stat -c %u:%g in a/b/f", workspace=str(workspace)
+    )
     assert text == "from the host1000:1000\n1000:1000"
     for path in workspace.rglob("*"):
         info = path.lstat()
@@ -51,7 +53,9 @@ def test_it_is_the_working_directory_at_the_same_path(executor, workspace):
     assert executor.text("pwd -P", workspace=str(workspace), cwd="/tmp") == "/tmp"
 
 
-@pytest.mark.parametrize("place", ["/root", "/mnt", "/tmp", "/home", "/media", "/srv", "/var/tmp", "/opt", "/root/.cache"], indirect=True)
+@pytest.mark.parametrize(
+    "place", ["/root", "/mnt", "/tmp", "/home", "/media", "/srv", "/var/tmp", "/opt", "/root/.cache"], indirect=True
+)
 def test_it_may_be_below(executor, place):
     (place / "f").write_text("x")
     assert executor.text("cat f; echo y > g; pwd -P", workspace=str(place)) == f"x{place}"
@@ -90,7 +94,23 @@ def test_a_symbolic_link_is_resolved(executor, workspace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/usr", "/usr/bin", "/etc", "/proc", "/proc/self", "/sys", "/dev", "/dev/shm", "/run", "/tmp", "/home", "/var", "/boot"]
+    "path",
+    [
+        "/",
+        "/usr",
+        "/usr/bin",
+        "/etc",
+        "/proc",
+        "/proc/self",
+        "/sys",
+        "/dev",
+        "/dev/shm",
+        "/run",
+        "/tmp",
+        "/home",
+        "/var",
+        "/boot",
+    ],
 )
 def test_a_system_directory_is_refused(executor, path):
     with pytest.raises(UsageError, match="system directory"):
@@ -166,7 +186,9 @@ def test_a_git_repository_is_the_tools_own(executor, workspace):
     (workspace / "f").write_text("x")
     subprocess.run([*git, "add", "."], cwd=workspace, check=True)
     subprocess.run([*git, "commit", "-qm", "one"], cwd=workspace, check=True)
-    text = executor.text("echo y >> f; git status --porcelain; git -c user.name=t -c user.email=t@t commit -qam two", workspace=str(workspace))
+    text = executor.text(
+        "echo y >> f; git status --porcelain; git -c user.name=t -c user.email=t@t commit -qam two", workspace=str(workspace)
+    )
     assert text == "M f"
     log = subprocess.run([*git, "log", "--format=%s"], cwd=workspace, check=True, capture_output=True, text=True)
     assert log.stdout == "two\none\n"

@@ -7,6 +7,7 @@ import resource
 import socket
 
 import pytest
+
 from tests.unit.client_support import finish, needs_client
 
 pytestmark = needs_client

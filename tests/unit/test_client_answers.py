@@ -9,6 +9,7 @@ import struct
 
 import msgspec
 import pytest
+
 from tests.unit.client_support import MALFORMED, WENT_AWAY, finish, frame, needs_client
 
 pytestmark = needs_client

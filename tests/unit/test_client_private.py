@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.unit.client_support import WENT_AWAY, needs_client
 
 pytestmark = needs_client

@@ -13,6 +13,7 @@ import tty
 from pathlib import Path
 
 import pytest
+
 from tests.unit.client_support import WENT_AWAY, needs_client
 
 pytestmark = needs_client

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+
 from agentrun.config import DaemonConfig, TenantConfig, executor_config, load_config
 from agentrun.errors import UsageError
 from agentrun.policy import GIB, Limits
@@ -100,7 +101,10 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 @pytest.mark.xfail(reason="config.py _budget(): the numbers are not checked", strict=True)
-@pytest.mark.parametrize("line", ["pids = 0", "pids = -1", "cpus = 0", "cpus = -1.0", "cpus = nan", "cpus = inf", "cpu_weight = 0", "cpu_weight = 10001"])
+@pytest.mark.parametrize(
+    "line",
+    ["pids = 0", "pids = -1", "cpus = 0", "cpus = -1.0", "cpus = nan", "cpus = inf", "cpu_weight = 0", "cpu_weight = 10001"],
+)
 def test_a_budget_no_cgroup_can_have_is_refused(tmp_path, line):
     path = write(tmp_path, f"[tenants.ci]\n{line}")
     with pytest.raises(UsageError, match=f"^{path}: .*{line.split()[0]}"):

@@ -7,8 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-import agentrun
 import pytest
+
+import agentrun
 from agentrun.cli import VERBS
 from agentrun_shim import native
 
@@ -40,7 +41,7 @@ BOTTOM = {
 
 
 def imports(name: str) -> set[str]:
-    """Every module that a module's source names in an import, wherever it stands; ``from package import module`` is the module."""
+    """Every module that a module's source names in an import, wherever; ``from package import module`` is the module."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -109,7 +110,11 @@ def process_making(source: str) -> set[str]:
 
 
 def test_process_making_is_seen():
-    assert process_making("import os, subprocess\nos.fork()\nsubprocess.run([], preexec_fn=f)") == {"subprocess", "fork", "preexec_fn"}
+    assert process_making("import os, subprocess\nos.fork()\nsubprocess.run([], preexec_fn=f)") == {
+        "subprocess",
+        "fork",
+        "preexec_fn",
+    }
     assert process_making("from os import unshare\nimport trio\ntrio.run_process") == {"unshare", "run_process"}
 
 
@@ -138,7 +143,11 @@ def test_every_module_says_what_it_is_and_stays_short(name):
 
 def test_the_native_slot_stays_small_enough_to_be_read():
     files = [*native.SOURCES["agentrun-slot"], "slot.h", "sys.h"]
-    assert set(files) == {*(f"{name}.c" for name in ("zygote", "plan", "template", "init", "runner", "rights", "start")), "slot.h", "sys.h"}
+    assert set(files) == {
+        *(f"{name}.c" for name in ("zygote", "plan", "template", "init", "runner", "rights", "start")),
+        "slot.h",
+        "sys.h",
+    }
     assert sum(len((NATIVE / file).read_text().splitlines()) for file in files) <= 900
 
 

@@ -5,13 +5,36 @@ import struct
 import subprocess
 
 import pytest
-from agentrun_shim import plan
-from agentrun_shim.plan import (
-    DONE_SIZE, EVENT_SIZE, HEADER_SIZE, MAGIC, MAX_MESSAGE, MAX_RUN, STRINGS, STRUCTS, VERSION, Done, Event, Kind, Op, PlanError,
-    RunFlag, SlotFlag, Step, pack_op, pack_run, pack_shape, pack_slot, pack_userns, unpack_done, unpack_event,
-)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentrun_shim import plan
+from agentrun_shim.plan import (
+    DONE_SIZE,
+    EVENT_SIZE,
+    HEADER_SIZE,
+    MAGIC,
+    MAX_MESSAGE,
+    MAX_RUN,
+    STRINGS,
+    STRUCTS,
+    VERSION,
+    Done,
+    Event,
+    Kind,
+    Op,
+    PlanError,
+    RunFlag,
+    SlotFlag,
+    Step,
+    pack_op,
+    pack_run,
+    pack_shape,
+    pack_slot,
+    pack_userns,
+    unpack_done,
+    unpack_event,
+)  # fmt: skip
 
 HEAD, OP, SLOT, MAP, RUN = "<IHHII", "<6I", "<II", "<4I", "<6I"
 CODES = {"uint16_t": "H", "uint32_t": "I", "int32_t": "i", "uint64_t": "Q"}
@@ -28,7 +51,9 @@ def test_the_generated_header_agrees_with_the_compiler(tmp_path):
         expected.append(f"{name} {struct.calcsize('<' + ''.join(CODES[kind] for _, kind in fields))}")
         at = 0
         for field, kind in fields:
-            lines.append(f'printf("{name}.{field} %zu %zu\\n", offsetof(struct {name}, {field}), sizeof(((struct {name} *)0)->{field}));')
+            lines.append(
+                f'printf("{name}.{field} %zu %zu\\n", offsetof(struct {name}, {field}), sizeof(((struct {name} *)0)->{field}));'
+            )
             size = struct.calcsize(CODES[kind])
             expected.append(f"{name}.{field} {at} {size}")
             at += size
@@ -39,7 +64,10 @@ def test_the_generated_header_agrees_with_the_compiler(tmp_path):
     for constant in ("MAGIC", "VERSION", "MAX_MESSAGE", "MAX_RUN", "MAX_FILTER"):
         lines.append(f'printf("{constant} %u\\n", PLAN_{constant});')
         expected.append(f"{constant} {getattr(plan, constant)}")
-    lines.append('for (unsigned i = 0; i < sizeof op_strings / sizeof *op_strings; i++) printf("%d=%d\\n", op_strings[i].type, op_strings[i].strings);')
+    lines.append(
+        "for (unsigned i = 0; i < sizeof op_strings / sizeof *op_strings; i++)"
+        ' printf("%d=%d\\n", op_strings[i].type, op_strings[i].strings);'
+    )
     expected += [f"{op.value}={STRINGS.get(op, 0)}" for op in Op]
     (tmp_path / "t.c").write_text(
         '#include <stddef.h>\n#include <stdio.h>\n#include "plan.h"\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0; }\n"
@@ -142,12 +170,21 @@ def done(error=0, step=0, init=0, runner=0, flags=0, op=0, *, kind=Kind.DONE, ve
     return struct.pack(HEAD, magic, version, kind, DONE_SIZE, 0) + struct.pack("<iIiiII", error, step, init, runner, flags, op)
 
 
-@given(st.integers(-(2**31), 2**31 - 1), st.sampled_from(Step), st.integers(0, 2**22), st.integers(0, 2**22), st.integers(0, 3), U32)
+@given(
+    st.integers(-(2**31), 2**31 - 1), st.sampled_from(Step), st.integers(0, 2**22), st.integers(0, 2**22), st.integers(0, 3), U32
+)
 def test_an_answer_is_what_was_answered(error, step, init, runner, flags, op):
     assert unpack_done(done(error, step, init, runner, flags, op)) == Done(error, step, init, runner, SlotFlag(flags), op)
 
 
-@given(st.sampled_from([Kind.READY, Kind.STARTED, Kind.FAILED]), st.sampled_from(Step), st.integers(0, 133), U32, st.integers(0, 2**64 - 1), st.binary())
+@given(
+    st.sampled_from([Kind.READY, Kind.STARTED, Kind.FAILED]),
+    st.sampled_from(Step),
+    st.integers(0, 133),
+    U32,
+    st.integers(0, 2**64 - 1),
+    st.binary(),
+)
 def test_an_event_is_its_first_bytes(kind, step, error, op, ns, more):
     assert unpack_event(struct.pack("<IIiIQ", kind, step, error, op, ns) + more) == Event(kind, step, error, op, ns)
 
@@ -160,7 +197,9 @@ def test_what_is_no_answer_of_this_version(data):
         unpack_done(data)
 
 
-@pytest.mark.xfail(reason="plan.py unpack_done(): Step(99) is a bare ValueError, not the documented PlanError", strict=True, raises=ValueError)
+@pytest.mark.xfail(
+    reason="plan.py unpack_done(): Step(99) is a bare ValueError, not the documented PlanError", strict=True, raises=ValueError
+)
 def test_a_step_of_another_version():
     try:
         unpack_done(done(step=99))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from agentrun.errors import LimitError, UsageError
 from agentrun.policy import DEFAULT, Limits
 from agentrun.request import BASE_ENV, LIMIT_FIELDS, check_enforced, check_tenant, encode_argv, encode_env
 from agentrun.types import Unenforced
-from hypothesis import given
-from hypothesis import strategies as st
 
 BASE = tuple(key + b"=" + value for key, value in BASE_ENV.items())
 
@@ -51,7 +52,7 @@ def test_nothing_of_ours_is_in_the_environment(monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     monkeypatch.setenv("PATH", "/ours")
     assert encode_env(None) == encode_env({}) == encode_env([]) == BASE
-    assert {key for key in BASE_ENV} == {b"PATH", b"HOME", b"USER", b"LOGNAME", b"SHELL", b"LANG"}
+    assert set(BASE_ENV) == {b"PATH", b"HOME", b"USER", b"LOGNAME", b"SHELL", b"LANG"}
 
 
 def test_variables_are_laid_over_the_base():
@@ -68,7 +69,7 @@ def test_the_last_of_a_repeated_variable_counts():
 
 @pytest.mark.parametrize("env", [{"": "x"}, {"A=B": "x"}, {"A\0": "x"}, {"A": "x\0"}, [b"=x"], [b""], [b"A\0=x"], [b"A=\0"]])
 def test_a_bad_variable_is_named(env):
-    with pytest.raises(UsageError, match="^environment variable b'"):
+    with pytest.raises(UsageError, match=r"^environment variable b'"):
         encode_env(env)
 
 

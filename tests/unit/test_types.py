@@ -6,10 +6,11 @@ import json
 
 import msgspec
 import pytest
-from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
+from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
 
 USAGE = Usage(
     wall=1.5, cpu_user=0.25, cpu_system=0.5, memory_peak=4096, memory_source="memory.peak", io_read=1, io_written=2, pids_peak=3,

@@ -72,8 +72,10 @@ async def memory_max_kills_the_leaf(executor: Executor) -> str:
     marker = "987651"
     result = await shell(executor, f"sleep {marker} & {HOG.format(300)} | cat; exit 0", memory_max=limit)
     survivors = processes(marker)
+    events = flat(leaf_of(executor, result.id) / "memory.events")
     check_memory_killed(result, limit)
     assert not survivors, survivors
+    assert events.get("oom_group_kill", 1) == 1, events  # Linux 5.17: it was the kernel that killed them all
     return f"peak {result.usage.memory_peak} of {limit}; {result.verdict.message if result.verdict else ''}"
 
 
@@ -89,23 +91,43 @@ async def scratch_counts_as_memory(executor: Executor) -> str:
 async def tenant_budget_bounds_its_calls_together(executor: Executor) -> str:
     """Each call is far below its own limit; one of another tenant does the same at the same time.
 
-    Which of the tenant's calls die is the kernel's choice, and memory.oom.group's of the tenant's cgroup.
+    All of them hold their memory until somebody was killed, and the other tenant's call has all it wants.
     """
+    tenant, other = executor.tree.path / "tenant-small", executor.tree.path / "tenant-default"
     results: dict[str, Result] = {}
+    ids: dict[str, str] = {}
+    enough = trio.Event()
 
     async def one(name: str, tenant: str, size: int) -> None:
-        results[name] = await shell(executor, f"{HOG.format(size)} | sleep 3", tenant=tenant)
+        # The pipe has a reader that never reads, and ends when the call's own stdin does.
+        script = f"exec 3<&0; {HOG.format(size)} | cat 4<&0 <&3"
+        async with executor.start(["sh", "-c", script], stdin=PIPE, tenant=tenant) as call:
+            ids[name] = call.id
+            await enough.wait()
+            assert call.stdin is not None
+            await call.stdin.aclose()
+            results[name] = await call.wait()
 
     async with trio.open_nursery() as nursery:
-        for name, tenant, size in (("bystander", "small", 1), ("first", "small", 64), ("second", "small", 64), ("other", "default", 64)):
-            nursery.start_soon(one, name, tenant, size)
+        nursery.start_soon(one, "bystander", "small", 1)
+        nursery.start_soon(one, "first", "small", 64)
+        nursery.start_soon(one, "second", "small", 64)
+        nursery.start_soon(one, "other", "default", 64)
+        while len(ids) < 4 or not flat(tenant / "memory.events")["oom_kill"]:
+            await trio.sleep(0.05)
+        while number(other / f"call-{ids['other']}" / "memory.current") < 64 * MIB:
+            await trio.sleep(0.05)
+        enough.set()
     outcomes = {name: result.outcome.value for name, result in results.items()}
-    assert "memory_killed" in (outcomes["first"], outcomes["second"]), results
+    assert list(outcomes.values()).count("memory_killed") == 1, results
+    assert results["bystander"].ok, results["bystander"]
+    killed = next(result for result in results.values() if result.outcome == "memory_killed")
+    assert killed.verdict is not None, killed
+    assert "tenant's memory budget" in killed.verdict.message, killed.verdict
     assert results["other"].ok, results["other"]
     after = await shell(executor, "exit 0", tenant="small")
     assert after.ok, after
-    peak = number(executor.tree.path / "tenant-small" / "memory.peak")
-    assert peak <= 97 * MIB, peak
+    assert number(tenant / "memory.peak") <= 97 * MIB, number(tenant / "memory.peak")
     killed = next(result for result in results.values() if result.outcome is Outcome.MEMORY_KILLED)
     return f"{outcomes}; {killed.verdict.message if killed.verdict else ''}"
 
@@ -217,7 +239,7 @@ async def usage_is_what_the_kernel_says(executor: Executor) -> str:
     async with held(executor, work, Policy()) as (call, leaf):
         before = account(leaf)
         usage = (await call.release()).usage
-    assert 0 <= usage.cpu_user + usage.cpu_system - before.cpu < 0.15, (usage, before)
+    assert 0 <= usage.cpu_user + usage.cpu_system - before.cpu < 0.3, (usage, before)
     assert usage.cpu_user > 0, usage
     assert usage.memory_source == "memory.peak", usage
     assert 16 * MIB < before.memory_peak <= (usage.memory_peak or 0) < before.memory_peak + MIB, (usage, before)
@@ -264,7 +286,8 @@ async def scratch_is_bounded(executor: Executor) -> str:
     assert status == b"1", result
     assert 7 * MIB <= int(size) <= 8 * MIB, result
     assert (result.stderr or b"").count(b"No space left on device") == 2, result
-    fresh = await executor.run(["sh", "-c", "ls /tmp /dev/shm; dd if=/dev/zero of=/tmp/x bs=1M count=4 status=none"], policy=policy)
+    script = "ls /tmp /dev/shm; dd if=/dev/zero of=/tmp/x bs=1M count=4 status=none"
+    fresh = await executor.run(["sh", "-c", script], policy=policy)
     assert fresh.ok, fresh
     assert fresh.stdout == b"/dev/shm:\n\n/tmp:\n", fresh
     return f"{int(size)} of {policy.scratch_size}"
@@ -600,7 +623,7 @@ def traces() -> Traces:
     return Traces(
         cgroups=sorted(str(path) for path in MOUNT.rglob("*") if path.is_dir()),
         mounts=[line.split(" ", 2)[2] for line in Path("/proc/self/mountinfo").read_text().splitlines()],
-        processes=[line for line in processes("agentrun-zygote", "agentrun-slot", "98765")],
+        processes=processes("agentrun-zygote", "agentrun-slot", "98765"),
         descriptors=sorted(os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()),
     )
 
@@ -620,7 +643,7 @@ def verdict(name: str) -> Iterator[list[str]]:
     passed = True
     try:
         yield details
-    except (Exception, BaseExceptionGroup):
+    except (Exception, BaseExceptionGroup):  # noqa: BLE001 - whatever goes wrong is this check's verdict
         passed, details = False, [traceback.format_exc()]
     line = msgspec.json.encode(Verdict(name, passed, "\n".join(details), round(time.monotonic() - began, 3)))
     print(line.decode(), flush=True)
@@ -672,7 +695,7 @@ def main(names: Sequence[str]) -> None:
         after = traces()
         for field in Traces._fields:
             assert getattr(after, field) == getattr(before, field), (field, before, after)
-        details.append(f"{len(after.cgroups)} cgroups, {len(after.mounts)} mounts, {len(after.descriptors)} descriptors, as before")
+        details.append(", ".join(f"{field}: {len(getattr(after, field))}" for field in Traces._fields))
 
 
 if __name__ == "__main__":

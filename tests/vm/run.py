@@ -126,9 +126,7 @@ def run(
 def _script(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> str:
     environment = {"PATH": PATH, "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1", **env}
     exports = "".join(f"export {shlex.quote(f'{key}={value}')}\n" for key, value in environment.items())
-    return (
-        f"cd {shlex.quote(str(cwd))} || exit\nunset TERM SHLVL OLDPWD\n{exports}exec {shlex.join(command)}\n"
-    )
+    return f"cd {shlex.quote(str(cwd))} || exit\nunset TERM SHLVL OLDPWD\n{exports}exec {shlex.join(command)}\n"
 
 
 def _machine(kernel: kernels.Unpacked, archive: Path, memory: str, lane: Path, *, ext4: bool) -> list[str]:
@@ -155,9 +153,7 @@ def _scratch_disk(image: Path) -> list[str]:
     with image.open("wb") as file:
         file.truncate(SCRATCH_SIZE)
     options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
-    subprocess.run(
-        ["mkfs.ext4", "-q", "-F", "-E", options, str(image)], check=True, env={**os.environ, "PATH": PATH}
-    )
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-E", options, str(image)], check=True, env={**os.environ, "PATH": PATH})
     drive = f"file={_escaped(image)},if=none,id=scratch,format=raw,cache=unsafe"
     return ["-drive", drive, "-device", "virtio-blk-pci,drive=scratch"]
 
@@ -230,14 +226,10 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description=f"Run COMMAND on each KERNEL: {', '.join(k.name for k in kernels.KERNELS)}.",
     )
     parser.add_argument("kernels", metavar="KERNEL", nargs="*", default=[kernels.DEFAULT])
-    parser.add_argument(
-        "--timeout", metavar="S", type=float, default=540.0, help="seconds for each kernel (540)"
-    )
+    parser.add_argument("--timeout", metavar="S", type=float, default=540.0, help="seconds for each kernel (540)")
     parser.add_argument("--memory", metavar="SIZE", default="2G", help="the guest's memory (2G)")
     parser.add_argument("--env", metavar="K=V", action="append", default=[], help="add to the environment")
-    parser.add_argument(
-        "--visible", metavar="DIR", type=Path, action="append", default=[], help="show from /tmp"
-    )
+    parser.add_argument("--visible", metavar="DIR", type=Path, action="append", default=[], help="show from /tmp")
     parser.add_argument("--ext4", action="store_true", help="a scratch ext4 file system at /mnt/ext4")
     parser.add_argument("--keep", action="store_true", help="keep the directory with the console's log")
     options = parser.parse_args(own)

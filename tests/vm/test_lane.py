@@ -103,6 +103,7 @@ def test_failure_leftovers_and_bulk(guest: Guest, tmp_path: Path) -> None:
     assert result.status == 7
 
 
+@pytest.mark.parametrize("guest", KERNELS[:1], indirect=True)  # QEMU is what is ended, whatever runs in it
 def test_timeout(guest: Guest) -> None:
     started = time.monotonic()
     with pytest.raises(run.TimedOut):
@@ -187,9 +188,7 @@ def test_newest_package_set() -> None:
         ("c.sources", "Suites: folder/\n", ""),
     ],
 )  # fmt: skip
-def test_derived_sources(
-    name: str, text: str, derived: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_derived_sources(name: str, text: str, derived: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"VERSION_CODENAME": "old"})
     source = tmp_path / name
     source.write_text(text)

@@ -22,6 +22,9 @@ class LeafStats(msgspec.Struct, frozen=True, kw_only=True):
     throttled: float | None
     memory_peak: int | None
     oom_kills: int
+    """Processes the kernel killed here for want of memory."""
+    ooms: int
+    """Times this leaf's own limit was what ran out; with ``oom_kills``, none means that a cgroup above it, or the host, did."""
     pids_peak: int | None
     io_read: int | None
     io_written: int | None
@@ -105,6 +108,7 @@ class Leaf:
             throttled=None if throttled is None else throttled / 1e6,
             memory_peak=parse_number(read_file(fd, "memory.peak")) if "memory" in has else None,
             oom_kills=events.get("oom_kill", 0),
+            ooms=events.get("oom", 0),
             pids_peak=parse_number(read_file(fd, "pids.peak")) if "pids" in has else None,
             io_read=io[0],
             io_written=io[1],

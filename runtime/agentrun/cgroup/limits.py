@@ -28,6 +28,19 @@ def plan_limits(limits: Limits) -> dict[str, str]:
     return files
 
 
+def plan_budget(limits: Limits) -> dict[str, str]:
+    """The control files of a tenant's cgroup, which bounds all its calls together.
+
+    Without ``memory.oom.group``: the kernel kills the highest cgroup that has it within the one that ran out, and the
+    tenant's innocent calls and warm sandboxes are in there too.
+    """
+    files = plan_limits(limits)
+    files.pop("memory.oom.group", None)
+    if limits.pids_max is not None:
+        files["pids.max"] = str(limits.pids_max)
+    return files
+
+
 def controller_of(name: str) -> str:
     """``memory.max`` → ``memory``."""
     return name.partition(".")[0]

@@ -174,7 +174,7 @@ class Tree:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
             try:
                 for file, text in files.items():
-                    if file.partition(".")[0] in self.controllers:
+                    if file in self.files:
                         write_file(fd, file, text, f"{self.path}/{directory}")
                 _delegate(fd, f"{self.path}/{directory}", sorted(self.controllers))
             except BaseException:
