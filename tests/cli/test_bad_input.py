@@ -268,7 +268,12 @@ def test_an_environment_of_megabytes(daemon, count, code, words):
         st.binary(max_size=200),
         st.binary(max_size=200).map(lambda body: struct.pack("<I", len(body)) + body),
         st.recursive(
-            st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20) | st.text(max_size=20),
+            st.none()
+            | st.booleans()
+            | st.integers(-(2**63), 2**64 - 1)
+            | st.floats()
+            | st.binary(max_size=20)
+            | st.text(max_size=20),
             lambda inner: st.lists(inner, max_size=4)
             | st.dictionaries(st.sampled_from(["v", "op", "argv", "env", "options", "fds", "id", "signal"]), inner, max_size=6),
         ).map(frame),
