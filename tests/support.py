@@ -208,6 +208,16 @@ class Daemon:
             sock.sendall(frame({"v": 1, **request}))
             return read_answer(sock)
 
+    @contextlib.contextmanager
+    def stopped(self):
+        """Out of the way for the block: what arrives meanwhile it finds all at once."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            eventually(lambda: processes()[self.pid][1] == "T")
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def calls(self) -> list[dict]:
         return self.ask(op="ps")["data"]["calls"]
 
@@ -329,6 +339,12 @@ def is_init(pid: int) -> bool:
         return f"\nNSpid:\t{pid}\t1\n" in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def has_taken_its_signals(pid: int) -> bool:
+    """Nothing is pending, and it waits again."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "State:\tS" in status and f"SigPnd:\t{0:016x}\nShdPnd:\t{0:016x}\n" in status
 
 
 class Watched:

@@ -64,7 +64,7 @@ class Capture:
         """What is kept; if something is missing, a line between head and tail says how much."""
         if not self.truncated:
             return bytes(self._head + self._tail)
-        tail = bytes(self._tail[-(self._bound - self._bound // 2) :])
+        tail = bytes(self._tail[max(0, len(self._tail) - (self._bound - self._bound // 2)) :])
         cut = self.total - len(self._head) - len(tail)
         return bytes(self._head) + b"\n[agentrun: %d bytes cut]\n" % cut + tail
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -20,9 +21,10 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     memory: str | None = None
     """Bytes all its calls may use together, such as ``4G``."""
-    pids: int | None = None
-    cpus: float | None = None
-    cpu_weight: int | None = None
+    pids: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """Processes and threads all its calls may have together; every warm sandbox has two."""
+    cpus: Annotated[float, msgspec.Meta(ge=0.01, le=4096)] | None = None
+    cpu_weight: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
     uids: list[int] = []
     """Users other than root who may name this tenant."""
 
@@ -33,10 +35,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket: str = DEFAULT_SOCKET
     group: str | None = None
     """A group whose members may connect (mode 0660); without it only root may (0600)."""
-    max_running: int = 64
-    max_queued: int = 1024
-    pool_least: int = 4
-    pool_most: int = 32
+    max_running: Annotated[int, msgspec.Meta(ge=1)] = 64
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] = 1024
+    pool_least: Annotated[int, msgspec.Meta(ge=0)] = 4
+    pool_most: Annotated[int, msgspec.Meta(ge=1)] = 32
     tenants: dict[str, TenantConfig] = {}
 
 
@@ -54,11 +56,11 @@ def load_config(path: Path | None) -> DaemonConfig:
         for name, tenant in config.tenants.items():
             check_tenant(name)
             _budget(name, tenant)
-        if min(config.max_running, config.pool_most) < 1 or min(config.max_queued, config.pool_least) < 0:
-            raise UsageError("max_running and pool_most are at least 1, max_queued and pool_least at least 0")
+        if config.pool_least > config.pool_most:
+            raise UsageError(f"pool_least ({config.pool_least}) is more than pool_most ({config.pool_most})")
     except OSError as error:
         raise UsageError(f"{chosen}: {error.strerror}") from error
-    except (msgspec.ValidationError, msgspec.DecodeError, UsageError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, UsageError) as error:
         raise UsageError(f"{chosen}: {error}") from error
     return config
 

@@ -80,10 +80,10 @@ class Daemon:
         with sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             try:
                 with trio.fail_after(FIRST_FRAME_SECONDS):
-                    received = await receive_frame(sock)
+                    received = await receive_frame(sock, rest := bytearray())
                 if received is None:
                     return
-                answer = await self._answer(sock, *received)
+                answer = await self._answer(sock, rest, *received)
             except ProtocolError as error:
                 answer = error_frame(2, str(error))
             except trio.TooSlowError:
@@ -97,18 +97,18 @@ class Daemon:
                 with trio.move_on_after(LAST_FRAME_SECONDS):
                     await _send_all(sock, answer)
 
-    async def _answer(self, sock: trio.socket.SocketType, frame: bytes, fds: list[int]) -> bytes | None:
+    async def _answer(self, sock: trio.socket.SocketType, rest: bytearray, frame: bytes, fds: list[int]) -> bytes | None:
         try:
             request = decode(frame)
             if isinstance(request, Exec):
-                return await self._exec(sock, request, fds)
+                return await self._exec(sock, rest, request, fds)
             if isinstance(request, Signal):
                 raise ProtocolError("a signal before a call")
             return reply_frame(self._ask(request, _peer(sock)[1]))
         finally:
             _close_all(fds)
 
-    async def _exec(self, sock: trio.socket.SocketType, request: Exec, fds: list[int]) -> bytes | None:
+    async def _exec(self, sock: trio.socket.SocketType, rest: bytearray, request: Exec, fds: list[int]) -> bytes | None:
         begun = monotonic()
         if len(request.fds) != len(fds) or len(set(request.fds)) != len(fds):
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
@@ -120,7 +120,7 @@ class Daemon:
         result: Result | None = None
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, sock, running, nursery.cancel_scope)
+                nursery.start_soon(self._watch, sock, rest, running, nursery.cancel_scope)
                 running.on_dispatched = functools.partial(_close_passed, fds, named.get("workspace", -1))
                 result = await self._executor.perform(resolved, stdio, running, begun=begun)
                 nursery.cancel_scope.cancel()
@@ -134,11 +134,11 @@ class Daemon:
             result = msgspec.structs.replace(result, private_runtime=True)
         return result_frame(result.returncode, result.to_json(), result.verdict.message if result.verdict else None)
 
-    async def _watch(self, sock: trio.socket.SocketType, running: Running, scope: trio.CancelScope) -> None:
+    async def _watch(self, sock: trio.socket.SocketType, rest: bytearray, running: Running, scope: trio.CancelScope) -> None:
         """The client's side of a running call: signals, or its end."""
         while True:
             try:
-                received = await receive_frame(sock)
+                received = await receive_frame(sock, rest)
             except (ProtocolError, OSError):
                 received = None
             if received is None:

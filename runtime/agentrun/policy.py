@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Literal
 
 import msgspec
@@ -12,7 +13,7 @@ from agentrun.errors import UsageError
 MIB = 1 << 20
 GIB = 1 << 30
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
 
 Network = Literal["none", "host"]
@@ -59,7 +60,7 @@ def parse_size(text: str, what: str) -> int:
         UsageError: it is not a size; the message shows ``what`` was being set.
     """
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNIT[match[2].lower()]) if match else 0
+    size = int(Decimal(match[1]) * _UNIT[match[2].lower()]) if match else 0
     if size < 1 or size >= 1 << 63:
         raise UsageError(f"{what}: {text!r} is not a size (say 512M or 2G)")
     return size

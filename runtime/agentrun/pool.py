@@ -25,7 +25,7 @@ DECAY = 10.0
 UNUSED = 600.0
 """Seconds without a call after which a pool keeps nothing warm."""
 RETRY_MOST = 5.0
-"""Longest pause, seconds, between attempts while building fails."""
+"""Longest pause, seconds, between attempts to build for nobody in particular while building fails."""
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +65,7 @@ class Pool:
         self._building = self._leased = self._peak = 0
         self._peak_time = self._lease_time = trio.current_time()
         self._hits = self._misses = self._built = self._failed = 0
-        self._pause = 0.0
+        self._pause = self._retry_time = 0.0
         self._unused = False
 
     @property
@@ -150,31 +150,31 @@ class Pool:
             self._peak, self._peak_time = self._leased, self._lease_time
 
     def _refill(self) -> None:
-        wanted = len(self._waiting) + max(0, self.target - len(self._idle))
+        wanted = len(self._waiting)
+        if trio.current_time() >= self._retry_time:
+            wanted += max(0, self.target - len(self._idle))
         while self._building < min(wanted, PARALLEL_BUILDS):
             self._building += 1
             self._nursery.start_soon(self._build_one)
 
     async def _build_one(self) -> None:
         try:
-            if self._pause and not self._waiting:
-                await trio.sleep(self._pause)
             slot = await self._build()
         except (AgentrunError, OSError) as error:
             self._failed += 1
             self._pause = min(RETRY_MOST, self._pause * 2 or 0.05)
+            self._retry_time = trio.current_time() + self._pause
             if self._waiting:
                 wait = self._waiting.popleft()
                 wait.error = error if isinstance(error, AgentrunError) else HostError(f"building a sandbox: {error}")
                 wait.event.set()
         else:
             self._built += 1
-            self._pause = 0.0
+            self._pause = self._retry_time = 0.0
             self._keep(slot)
         finally:
             self._building -= 1
-        if self._waiting or not self._pause:
-            self._refill()
+        self._refill()
 
     def _keep(self, slot: Slot) -> None:
         if self._waiting:

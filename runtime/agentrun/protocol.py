@@ -123,13 +123,17 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-async def receive_frame(sock: trio.socket.SocketType) -> tuple[bytes, list[int]] | None:
+async def receive_frame(sock: trio.socket.SocketType, rest: bytearray | None = None) -> tuple[bytes, list[int]] | None:
     """One frame and the descriptors that came with it (the receiver's to close); None if the peer closed before it.
+
+    ``rest`` keeps, from one call to the next, what was received beyond a frame; without it that is an error.
 
     Raises:
         ProtocolError: a length that cannot be, or an end in the middle. Descriptors that came are closed.
     """
     fds: list[int] = []
+    if rest is not None and len(rest) >= _LENGTH.size and len(rest) >= _LENGTH.size + _LENGTH.unpack_from(rest)[0]:
+        return _take(rest), fds
     try:
         data, ancillary, flags, _ = await sock.recvmsg(65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
         for level, kind, payload in ancillary:
@@ -141,19 +145,30 @@ async def receive_frame(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]
             return None
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError(f"more than {MAX_FDS} descriptors")
-        buffer = bytearray(data)
+        buffer = bytearray(data) if rest is None else rest + data
         await _fill(sock, buffer, _LENGTH.size)
         (length,) = _LENGTH.unpack_from(buffer)
         if not 0 < length <= MAX_FRAME:
             raise ProtocolError(f"a frame of {length} bytes; 1 to {MAX_FRAME} are allowed")
         await _fill(sock, buffer, _LENGTH.size + length)
+        if rest is not None:
+            rest[:] = buffer
+            return _take(rest), fds
         if len(buffer) > _LENGTH.size + length:
             raise ProtocolError("a second frame before the first was answered")
-        return bytes(buffer[_LENGTH.size :]), fds
+        return _take(buffer), fds
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def _take(buffer: bytearray) -> bytes:
+    """Cut the complete frame at the start of ``buffer`` out of it."""
+    end = _LENGTH.size + int(_LENGTH.unpack_from(buffer)[0])
+    frame = bytes(buffer[_LENGTH.size : end])
+    del buffer[:end]
+    return frame
 
 
 async def _fill(sock: trio.socket.SocketType, buffer: bytearray, size: int) -> None:

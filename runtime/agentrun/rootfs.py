@@ -61,7 +61,7 @@ def open_host_root(host: str = "/") -> RootFs:
 
 
 def _build(root: RootFs, host: str) -> None:
-    base = sc.new_filesystem("tmpfs", {"size": "1m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
+    base = sc.new_filesystem("tmpfs", {"size": "64m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
     root.fds.append(base)
     for name in ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", *PRIVATE, *ON_DEMAND):
         os.mkdir(name, 0o755, dir_fd=base)
@@ -136,7 +136,9 @@ def _replace_entry(text: bytes, entry: bytes) -> bytes:
 def _write(base: int, path: str, content: bytes) -> None:
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base)
     try:
-        os.write(fd, content)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
     finally:
         os.close(fd)
 

@@ -128,7 +128,7 @@ class Zygote:
         if answer.done is None:
             raise HostError(f"the zygote (pid {self._pid}) died while it was building a sandbox")
         if answer.done.error:
-            await _undo(answer.done, answer.fds)
+            await _undo(answer.fds)
             raise SandboxError(step_name(answer.done.step), answer.done.error, _detail(answer.done))
         return answer.done, answer.fds
 
@@ -186,15 +186,15 @@ def _detail(done: Done) -> str:
     return ""
 
 
-async def _undo(done: Done, fds: list[int]) -> None:
+async def _undo(fds: list[int]) -> None:
     """Kill and collect what a request had cloned before it failed; the runner before init: see Slot.wait_dead."""
     with trio.CancelScope(shield=True):
-        for pid, pidfd in reversed(list(zip((done.init, done.runner), fds, strict=False))):
+        for pidfd in reversed(fds):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             await trio.lowlevel.wait_readable(pidfd)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     for fd in fds:
         os.close(fd)
 

@@ -231,7 +231,10 @@ def unpack_done(data: bytes) -> Done:
     if (magic, version, kind) != (MAGIC, VERSION, Kind.DONE):
         raise PlanError(f"the zygote answers in version {version}, kind {kind}; this is version {VERSION}")
     error, step, init, runner, flags, op = _STRUCT["plan_done"].unpack_from(data, HEADER_SIZE)
-    return Done(error, Step(step), init, runner, SlotFlag(flags), op)
+    try:
+        return Done(error, Step(step), init, runner, SlotFlag(flags), op)
+    except ValueError as unknown:
+        raise PlanError(f"the zygote's answer is not of version {VERSION}: {unknown}") from unknown
 
 
 def unpack_event(data: bytes) -> Event:

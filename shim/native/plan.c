@@ -38,7 +38,11 @@ bool plan_load(const char *msg, size_t len, unsigned nfds, struct shape *shape, 
         why->op = i;
         if (!op_check(op, len - at, nfds)) return false;
         if ((op->type == OP_ROOT) != (i == 0)) return false;  // exactly one root, first
-        ids = ids || (op->type == OP_IDS && op->a != 0);
+        if (op->type == OP_IDS) {
+            // 0 would stay root; UINT32_MAX is "leave it as it is" to setresuid(2), which is root as well.
+            if (op->a - 1 >= UINT32_MAX - 1 || op->b - 1 >= UINT32_MAX - 1) return false;
+            ids = true;
+        }
         at += op->size;
     }
     if (at != len || head->nops == 0 || !ids) return false;  // a tool that would stay root is no plan

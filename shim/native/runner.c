@@ -106,7 +106,7 @@ static void receive(struct run *run) {
         if (n <= 0) fail(STEP_MESSAGE, n ? n : -EPROTO, 0);
     }
     run->head = *(const struct plan_run *)body;
-    if (run->head.argc == 0 || run->head.argc > len || run->head.envc > len) fail(STEP_MESSAGE, -EINVAL, 0);
+    if (run->head.flags & ~(uint32_t)(RUN_TERMINAL | RUN_ATTACH) || run->head.argc == 0 || run->head.argc > len || run->head.envc > len) fail(STEP_MESSAGE, -EINVAL, 0);
     run->argv = pages((run->head.argc + run->head.envc + 2ul) * sizeof(char *));
     run->envp = run->argv + run->head.argc + 1;
     p = split(p, end, &run->cwd, 1);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import BIN, CLIENT, PYTHON, Watched, eventually, open_daemon, pids_below
+from tests.support import BIN, CLIENT, PYTHON, Watched, eventually, has_taken_its_signals, open_daemon, pids_below
 
 pytestmark = pytest.mark.host
 
@@ -173,29 +173,21 @@ def test_signals_in_quick_succession_all_arrive(daemon):
     script = "trap 'echo one' USR1; trap 'echo two; exit 7' USR2; echo ready; while :; do sleep 0.02; done"
     client = daemon.popen("--", "sh", "-c", script)
     assert client.stdout.readline() == b"ready\n"
-    daemon.process.send_signal(signal.SIGSTOP)
-    try:
+    with daemon.stopped():
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             client.send_signal(number)
-            eventually(
-                lambda: "SigPnd:\t0000000000000000\nShdPnd:\t0000000000000000" in Path(f"/proc/{client.pid}/status").read_text()
-            )
-    finally:
-        daemon.process.send_signal(signal.SIGCONT)
+            eventually(lambda: has_taken_its_signals(client.pid))
     out, err = client.communicate(timeout=20)
     assert (client.returncode, b"agentrun" in err) == (7, False), err
     assert b"two\n" in out
 
 
 def test_a_signal_right_behind_the_request(daemon):
-    daemon.process.send_signal(signal.SIGSTOP)
-    try:
+    with daemon.stopped():
         client = daemon.popen("--timeout", "5", "--", "sleep", "60")
-        eventually(lambda: "SigBlk:\t0000000000000000" not in Path(f"/proc/{client.pid}/status").read_text())
+        eventually(lambda: f"SigBlk:\t{0:016x}" not in Path(f"/proc/{client.pid}/status").read_text())
         client.terminate()
-        eventually(lambda: "ShdPnd:\t0000000000000000" in Path(f"/proc/{client.pid}/status").read_text())
-    finally:
-        daemon.process.send_signal(signal.SIGCONT)
+        eventually(lambda: has_taken_its_signals(client.pid))
     _, err = client.communicate(timeout=20)
     assert (client.returncode, err) == (143, b"")
 

@@ -180,7 +180,6 @@ def test_the_first_cgroup2_mount(tmp_path):
     assert find_mount(str(info)) is None
 
 
-@pytest.mark.xfail(reason="tree.py find_mount(): unicode_escape reads UTF-8 bytes as Latin-1", strict=True)
 def test_a_mount_point_with_an_umlaut(tmp_path):
     info = tmp_path / "mountinfo"
     info.write_text(LINE.format("/größe", "cgroup2"))

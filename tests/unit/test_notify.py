@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from agentrun import notify as module
 from agentrun.notify import LISTEN_VARIABLES, listen_fds, notify
 
@@ -27,9 +28,7 @@ def no_manager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[socket.socket]:
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A manager's end of NOTIFY_SOCKET."""
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
@@ -94,9 +93,7 @@ def assert_variables_are_gone() -> None:
 
 
 @pytest.mark.parametrize(("names", "labels"), [("api:debug", ["api", "debug"]), (None, ["unknown"] * 2)])
-def test_listen_fds(
-    monkeypatch: pytest.MonkeyPatch, passed: list[int], names: str | None, labels: list[str]
-) -> None:
+def test_listen_fds(monkeypatch: pytest.MonkeyPatch, passed: list[int], names: str | None, labels: list[str]) -> None:
     announce(monkeypatch, str(os.getpid()), "2", names)
     assert listen_fds() == list(zip(passed, labels, strict=True))
     assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in passed)
@@ -135,9 +132,7 @@ def test_listen_fds_without_any(monkeypatch: pytest.MonkeyPatch, values: tuple[s
     ],
 )
 @pytest.mark.usefixtures("passed")
-def test_listen_fds_names_the_malformed_variable(
-    monkeypatch: pytest.MonkeyPatch, values: tuple[str, ...], variable: str
-) -> None:
+def test_listen_fds_names_the_malformed_variable(monkeypatch: pytest.MonkeyPatch, values: tuple[str, ...], variable: str) -> None:
     announce(monkeypatch, *(str(os.getpid()) if value == "me" else value for value in values))
     with pytest.raises(ValueError, match=f"^{variable}="):
         listen_fds()

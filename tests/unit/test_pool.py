@@ -176,8 +176,9 @@ def test_failing_builds_nobody_waits_for_get_rare():
         assert len(late) <= 300 / RETRY_MOST + PARALLEL_BUILDS
         assert len(late) > 10  # and it does not give up
         works.failure = None
-        pool.shrink()
         await trio.sleep(2 * RETRY_MOST)
+        pool.shrink()
+        await trio.testing.wait_all_tasks_blocked()
         assert pool.statistics().idle == 1
         assert pool._pause == 0
 

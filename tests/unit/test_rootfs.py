@@ -134,7 +134,6 @@ def test_a_failure_names_the_call_and_leaves_no_descriptor(host):
 
 
 @pytest.mark.host
-@pytest.mark.xfail(reason="rootfs.py _write(): a short write to the 1 MiB tmpfs is taken for a whole one", strict=True)
 def test_many_users(host):
     (host / "etc/passwd").write_text(
         "".join(f"user{n}:x:{n}:{n}:a user of this host:/home/user{n}:/bin/sh\n" for n in range(2000, 32000))

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
 from agentrun_shim import seccomp
 from agentrun_shim.seccomp import Action, Decision, Rule, compile_filter, decisions, default_filter
 from agentrun_shim.syscall_table import NUMBERS
@@ -35,9 +36,7 @@ def disassemble(program: bytes) -> list[Instruction]:
     return list(struct.iter_unpack("=HBBI", program))
 
 
-def run(
-    program: bytes, nr: int, args: Sequence[int] = (), arch: int = seccomp.AUDIT_ARCH_X86_64
-) -> tuple[int, int]:
+def run(program: bytes, nr: int, args: Sequence[int] = (), arch: int = seccomp.AUDIT_ARCH_X86_64) -> tuple[int, int]:
     """What the kernel would answer, and after how many comparisons.
 
     Knows only the instructions the kernel's constant-allow check knows (`seccomp_is_const_allow`), and `&`.

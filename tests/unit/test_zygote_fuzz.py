@@ -112,10 +112,6 @@ def test_maps_the_kernel_refuses(zygote):
     theirs.close()
 
 
-@pytest.mark.xfail(
-    reason="zygote.c spawn(): clone3 leaves a stale pidfd number when it fails, and the answer that carries it kills the zygote",
-    strict=True,
-)
 @pytest.mark.parametrize("path", ["/tmp", "/dev/null"])
 def test_a_leaf_that_is_none(fragile, path):
     ours, theirs = socket.socketpair()
@@ -130,9 +126,6 @@ def test_a_leaf_that_is_none(fragile, path):
     assert fragile.alive
 
 
-@pytest.mark.xfail(
-    reason="zygote.c spawn(): the fallback forgets the pid of a clone it could not move, and the answer says 0", strict=True
-)
 def test_a_clone_that_could_not_be_moved_is_named(fragile, tmp_path):
     ours, theirs = socket.socketpair()
     leaf = os.open(tmp_path, os.O_RDONLY)
@@ -210,9 +203,6 @@ def test_flipped_bits_end_in_a_template_or_an_error():
     assert seen[Step.TEMPLATE] > 5
 
 
-@pytest.mark.xfail(
-    reason="plan.c plan_load(): uid 0xffffffff means 'keep' to setresuid, and the tool keeps the uid of the zygote", strict=True
-)
 def test_ids_that_mean_no_change_are_no_ids():
     with host_plan() as (plan, root):
         ops = split_ops(plan)

@@ -42,7 +42,7 @@ def write_file(dirfd: int, name: str, text: str, where: str) -> None:
 
 def _explain(error: OSError, dirfd: int, name: str) -> str:
     """crun's habit: a failed cgroup write says which controller is missing, not only ENOENT."""
-    controller = name.partition(".")[0]
+    controller = os.path.basename(name).partition(".")[0]
     if error.errno == errno.ENOENT and controller != "cgroup":
         enabled = (read_file(dirfd, "cgroup.controllers") or b"").decode().split()
         if controller not in enabled:

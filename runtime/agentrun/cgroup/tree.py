@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,10 +47,11 @@ class Base(msgspec.Struct, frozen=True):
 
 def find_mount(mountinfo: str = "/proc/self/mountinfo") -> Path | None:
     """The cgroup2 mount point, the first one if there are several (hybrid hosts have it beside the v1 hierarchies)."""
-    for line in Path(mountinfo).read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if after.split(" ", 1)[0] == "cgroup2":
-            return Path(before.split()[4].encode().decode("unicode_escape"))
+    for line in Path(mountinfo).read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        if after.split(b" ", 1)[0] == b"cgroup2":
+            # proc_pid_mountinfo(5): blank, tab, newline and backslash are octal escapes.
+            return Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), before.split()[4])))
     return None
 
 
@@ -155,7 +157,11 @@ class Tree:
         # cgroups(7), no internal processes: a cgroup that gives controllers to children has no processes of its own.
         os.makedirs(self.base.path / "supervisor", exist_ok=True)
         for pid in (read_file(base_fd, "cgroup.procs") or b"").decode().split():
-            write_file(base_fd, "supervisor/cgroup.procs", pid, str(self.base.path))
+            try:
+                write_file(base_fd, "supervisor/cgroup.procs", pid, str(self.base.path))
+            except HostError as error:
+                if not isinstance(error.__cause__, ProcessLookupError):  # it has exited meanwhile
+                    raise
 
     def tenant(self, name: str, files: Mapping[str, str]) -> int:
         """The directory fd of a tenant's cgroup, made with its budget on first use.
