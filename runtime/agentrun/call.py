@@ -12,7 +12,7 @@ import trio
 
 from agentrun.capture import Capture
 from agentrun.cgroup.leaf import LeafStats
-from agentrun.errors import SandboxError, UsageError
+from agentrun.errors import HostError, SandboxError, UsageError
 from agentrun.request import Request
 from agentrun.slot import Slot
 from agentrun.stdio import Stdio
@@ -21,6 +21,13 @@ from agentrun.zygote import step_name
 from agentrun_shim.plan import Event, Kind, PlanError, RunFlag, Step, pack_run
 
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
+
+
+class SlotDied(HostError):
+    """The sandbox was killed from outside before the tool could start; nothing has been run."""
+
+    def __init__(self) -> None:
+        super().__init__("the sandbox was killed before the tool could start; nothing was run, try again")
 
 
 class Call:
@@ -35,6 +42,7 @@ class Call:
         self.warm = False
         self.unenforced: tuple[Unenforced, ...] = ()
         self.cancelled = False
+        self._signalled = False
         self._mount_fd, self._nproc = mount_fd, nproc
 
     def pack(self) -> tuple[bytes, list[int]]:
@@ -79,6 +87,12 @@ class Call:
         if self.slot is not None:
             self.slot.leaf.kill()
 
+    def send_signal(self, number: int) -> None:
+        """Signal the tool's process group."""
+        if self.slot is not None:
+            self._signalled = True
+            self.slot.signal_group(number)
+
     def describe(self) -> dict[str, object]:
         """One line of ``agentrun ps``."""
         argv = [argument.decode("utf-8", "replace") for argument in self.request.argv]
@@ -92,6 +106,7 @@ class Call:
 
         Raises:
             SandboxError: the sandbox failed before the tool could start.
+            SlotDied: it was killed before.
         """
         slot = self.slot
         assert slot is not None
@@ -125,6 +140,8 @@ class Call:
         first_exec = next((event.ns / 1e9 for event in events if event.kind is Kind.STARTED), None)
         failed = next((event for event in events if event.kind is Kind.FAILED), None)
         outcome, exit_code, number, verdict = self._outcome(status, timed_out, stats, failed)
+        if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
+            raise SlotDied
         exact = stats.memory_peak is not None
         captures = self.stdio.captures
         return Result(
@@ -231,4 +248,9 @@ def _start_verdict(event: Event, request: Request) -> Verdict:
     if event.step is Step.WORKING_DIRECTORY:
         path = request.cwd.decode("utf-8", "replace")
         return Verdict(reason="start", message=f"working directory {path}: {reason}", advice="name a directory of the sandbox")
-    raise SandboxError(step_name(event.step), event.error, request.workspace_path if event.step is Step.WORKSPACE else "")
+    detail = ""
+    if event.step is Step.WORKSPACE:
+        detail = request.workspace_path
+        if event.error in (*_NOT_FOUND, errno.EROFS):
+            detail += " is not in the sandbox's view of the host; if it, or its file system, is newer than agentrun, restart that"
+    raise SandboxError(step_name(event.step), event.error, detail)

@@ -47,6 +47,7 @@ FIRST_FRAME_SECONDS = 10.0
 """A client that connects and says nothing is let go."""
 LAST_FRAME_SECONDS = 30.0
 """A client that does not read its answer is let go."""
+_FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _log = logging.getLogger("agentrun")
 _PEERCRED = struct.Struct("iII")
 
@@ -128,6 +129,8 @@ class Daemon:
             raise _only(group) from None
         finally:
             stdio.close()
+        if running.interrupted:
+            return error_frame(128 + running.interrupted, "interrupted while it waited for its turn; nothing was run")
         if result is None:
             return None  # the client has gone, and its call with it
         if self._private:
@@ -149,7 +152,10 @@ class Daemon:
             with contextlib.suppress(ProtocolError):
                 message = decode(frame)
                 if isinstance(message, Signal) and 0 < message.signal < signal.NSIG:
-                    running.send_signal(message.signal)
+                    if not running.send_signal(message.signal) and message.signal in _FATAL:
+                        running.interrupted = message.signal
+                        scope.cancel()
+                        return
 
     def _resolve(self, request: Exec, workspace_fd: int, peer: tuple[int, int, int]) -> Request:
         options = request.options
@@ -204,7 +210,7 @@ class Daemon:
         if request.signal is None:
             call.kill()
         elif 0 < request.signal < signal.NSIG:
-            call.slot.signal_group(request.signal)
+            call.send_signal(request.signal)
         else:
             raise UsageError(f"signal: {request.signal} is none")
         return {"id": request.id}

@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from agentrun import rootfs
-from agentrun.call import Call
+from agentrun.call import Call, SlotDied
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
@@ -73,6 +73,7 @@ class Executor:
         self._queue = trio.lowlevel.ParkingLot()
         self._running = self._completed = self._refused = 0
         self._closing = False
+        self._none_runs = trio.Event()
         self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     async def run(
@@ -219,7 +220,11 @@ class Executor:
                 self._calls[slot.id] = call
                 if running is not None:
                     running.started(call)
-                return await call.finish(policy.timeout)
+                try:
+                    return await call.finish(policy.timeout)
+                except SlotDied:
+                    if running is not None:
+                        raise  # its descriptors are not ours any more
             finally:
                 self._calls.pop(slot.id, None)
                 pool.release(slot)
@@ -235,11 +240,16 @@ class Executor:
             raise Overloaded(f"{self._running} calls run and {len(self._queue)} wait; try again later")
         # Whoever leaves hands its place on: _running stays as it is.
         await self._queue.park()
+        if self._closing:
+            self._leave_queue()
+            raise HostError("the executor is closing")
 
     def _leave_queue(self) -> None:
         self._completed += 1
         if not self._queue.unpark():
             self._running -= 1
+            if self._running == 0:
+                self._none_runs.set()
 
     def owner(self, tenant: str) -> tuple[int, int]:
         """The tool's uid and gid as the host sees them."""
@@ -271,9 +281,12 @@ class Executor:
 
     async def _close(self) -> None:
         self._closing = True
+        self._none_runs = trio.Event()
         os.close(self.null_fd)
         for call in self._calls.values():
             call.kill()
+        if self._running:
+            await self._none_runs.wait()
         await self._fleet.aclose()
 
     @contextlib.contextmanager

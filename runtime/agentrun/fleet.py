@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -52,6 +53,7 @@ class Fleet:
         self._zygote_lock = trio.Lock()
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
+        self._tops: frozenset[str] = frozenset()
         self._built = 0
         self._chores: deque[Callable[[], None]] = deque()
         self._bell = trio.Event()
@@ -106,6 +108,11 @@ class Fleet:
         if request.workspace_fd < 0:
             return -1
         zygote = await self._zygote(shape_of(DEFAULT))
+        top = request.workspace_path.split("/")[1]
+        if top not in rootfs.HIDDEN and top not in self._tops:
+            # A directory of the host's root that is newer than our image of it.
+            await self._renew()
+            zygote = await self._zygote(shape_of(DEFAULT))
         uid, gid = self.owner(request.tenant)
         caller_uid, caller_gid = request.caller
         userns = await zygote.userns(((False, caller_uid, uid, 1), (True, caller_gid, gid, 1)))
@@ -127,6 +134,14 @@ class Fleet:
             raise HostError(f"no range of user ids is left for tenant {tenant!r} ({len(self._tenants)} have one)")
         return base
 
+    async def _renew(self) -> None:
+        """Look at the host's root anew: sandboxes that are built from now on have it as it is now."""
+        old, self._zygotes = self._zygotes, {}
+        for pool in self._pools.values():
+            pool.renew()
+        for zygote in old.values():
+            await zygote.aclose()
+
     async def _zygote(self, shape: Shape) -> Zygote:
         zygote = self._zygotes.get(shape)
         if zygote is not None and zygote.alive:
@@ -136,6 +151,7 @@ class Fleet:
             if zygote is None or not zygote.alive:
                 if zygote is not None:
                     zygote.close()
+                self._tops = frozenset(os.listdir("/"))
                 root = rootfs.open_host_root()
                 try:
                     zygote = await Zygote.start(plan_shape(shape, root), root.fds, self._life_read, self._nursery)

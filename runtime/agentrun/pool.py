@@ -67,6 +67,7 @@ class Pool:
         self._hits = self._misses = self._built = self._failed = 0
         self._pause = self._retry_time = 0.0
         self._unused = False
+        self._outdated = 0
 
     @property
     def target(self) -> int:
@@ -127,6 +128,13 @@ class Pool:
             self._idle.append(await self._build())
             self._built += 1
 
+    def renew(self) -> None:
+        """End the idle slots, and those that are being built when they are ready: something about all of them is out of date."""
+        self._outdated = self._building
+        while self._idle:
+            self._discard(self._idle.popleft())
+        self._refill()
+
     def statistics(self) -> PoolStats:
         """The pool at this moment."""
         return PoolStats(
@@ -153,7 +161,7 @@ class Pool:
         wanted = len(self._waiting)
         if trio.current_time() >= self._retry_time:
             wanted += max(0, self.target - len(self._idle))
-        while self._building < min(wanted, PARALLEL_BUILDS):
+        while self._building - self._outdated < min(wanted, PARALLEL_BUILDS):
             self._building += 1
             self._nursery.start_soon(self._build_one)
 
@@ -171,9 +179,13 @@ class Pool:
         else:
             self._built += 1
             self._pause = self._retry_time = 0.0
-            self._keep(slot)
+            if self._outdated:
+                self._discard(slot)
+            else:
+                self._keep(slot)
         finally:
             self._building -= 1
+            self._outdated = max(0, self._outdated - 1)
         self._refill()
 
     def _keep(self, slot: Slot) -> None:

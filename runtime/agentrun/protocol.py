@@ -14,6 +14,7 @@ import trio
 VERSION = 1
 MAX_FRAME = 4 * 1024 * 1024
 MAX_FDS = 16
+LONGEST_LINE = 400
 _LENGTH = struct.Struct("<I")
 
 Descriptor = Literal["stdin", "stdout", "stderr", "workspace", "console"]
@@ -119,7 +120,9 @@ def frame(message: object) -> bytes:
 
 
 def one_line(text: str) -> str:
-    """Text that cannot break out of its line, nor talk to a terminal."""
+    """Text that cannot break out of its line, nor talk to a terminal, nor fill one."""
+    if len(text) > LONGEST_LINE:
+        text = text[: LONGEST_LINE // 2] + " … " + text[-LONGEST_LINE // 2 :]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -72,8 +72,7 @@ def _build(root: RootFs, host: str) -> None:
             os.symlink(os.readlink(entry.path), entry.name, dir_fd=base)
         elif entry.is_dir():
             os.mkdir(entry.name, 0o755, dir_fd=base)
-            if os.listdir(entry.path):
-                _move(root, _clone_read_only(entry.path), entry.name)
+            _move(root, _clone_read_only(entry.path), entry.name)
     # A fully visible /proc has to be there before a user namespace may mount its own (mount_too_revealing, fs/namespace.c).
     _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
     _build_dev(root, base, host)

@@ -23,6 +23,8 @@ class Running:
         self.stdout: trio.abc.ReceiveStream | None = None
         self.stderr: trio.abc.ReceiveStream | None = None
         self._call: Call | None = None
+        self.interrupted = 0
+        """The signal that ended the call while it waited for its turn."""
         self._begun = trio.Event()
         self._ended = trio.Event()
         self._result: Result | None = None
@@ -47,10 +49,13 @@ class Running:
         assert self._result is not None
         return self._result
 
-    def send_signal(self, number: int) -> None:
-        """Signal the tool's process group; nothing happens if it has ended."""
-        if self._call is not None and self._call.slot is not None and not self._ended.is_set():
-            self._call.slot.signal_group(number)
+    def send_signal(self, number: int) -> bool:
+        """Signal the tool's process group; False if the call still waits for its turn. Nothing happens if it has ended."""
+        if self._call is None:
+            return False
+        if not self._ended.is_set():
+            self._call.send_signal(number)
+        return True
 
     def kill(self) -> None:
         """End the call: everything in its leaf dies, the outcome is ``cancelled``. Nothing happens if it has ended."""

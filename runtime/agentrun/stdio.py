@@ -20,7 +20,7 @@ _PIPE_FLAGS = os.O_CLOEXEC
 class Stdio:
     """What one call's descriptors are. ``child`` go to the tool; ``close_child`` after they were sent, ``close`` at the end."""
 
-    __slots__ = ("_held", "_owned", "captures", "child", "parent", "terminal")
+    __slots__ = ("_owned", "_tool_ends", "captures", "child", "parent", "terminal")
 
     def __init__(self) -> None:
         self.child: list[int] = []
@@ -29,7 +29,7 @@ class Stdio:
         self.captures: dict[str, Capture] = {}
         self.terminal = False
         self._owned: list[int] = []
-        self._held: list[int] = []
+        self._tool_ends: list[int] = []
 
     @classmethod
     def for_run(cls, stdin: Input, stdout: Output, stderr: Output, owner: tuple[int, int], bound: int, null: int) -> Stdio:
@@ -49,7 +49,6 @@ class Stdio:
                     # Our copy of the write end stays open until the call has ended: the pipe then never reports its end of
                     # file, and an exit is one wake-up instead of three.
                     self.captures[name] = Capture(read, bound)
-                    self._held.append(write)
                     self.child.append(write)
                 else:
                     self.child.append(self._stream(name, given, owner))
@@ -81,6 +80,7 @@ class Stdio:
             read, write = self._pipe(owner)
             os.set_blocking(read, True)
             self.parent["stdin"] = write
+            self._tool_ends.append(read)
             return read
         return self._given("stdin", stdin)
 
@@ -88,6 +88,7 @@ class Stdio:
         if given == PIPE:
             read, write = self._pipe(owner)
             self.parent[name] = read
+            self._tool_ends.append(write)
             return write
         return self._given(name, given)
 
@@ -106,12 +107,11 @@ class Stdio:
         return read, write
 
     def close_child(self) -> None:
-        """Close our copies of what the tool has now, so that whoever is at the other end of a stream sees its end."""
-        keep = {*self._held, *self.parent.values(), *(capture.fd for capture in self.captures.values())}
-        for fd in self._owned:
-            if fd not in keep:
-                os.close(fd)
-        self._owned = [fd for fd in self._owned if fd in keep]
+        """Close our copies of the tool's ends of streams, so that whoever holds the other ends sees theirs."""
+        while self._tool_ends:
+            fd = self._tool_ends.pop()
+            self._owned.remove(fd)
+            os.close(fd)
 
     def give_parent(self, name: str) -> int:
         """Hand one of our ends over to the caller."""

@@ -162,7 +162,7 @@ static void take_signal(bool answered) {
 
 // Read what there is of the answer into the frame. True when it is complete.
 static bool take_answer(void) {
-    long n = sys_read(daemon_sock, frame.bytes + frame.len, 4 + FRAME_MAX - frame.len);
+    long n = sys_read(daemon_sock, frame.bytes + frame.len, 4 + ANSWER_MAX - frame.len);
     if (n == -EINTR || n == -EAGAIN) return false;
     if (n <= 0) {
         tty_restore();
@@ -172,7 +172,7 @@ static bool take_answer(void) {
     frame.len += (size_t)n;
     uint32_t len = 0;
     if (frame.len >= 4) memcpy(&len, frame.bytes, 4);
-    if (len > FRAME_MAX) fail(125, "malformed answer from the daemon", NULL);
+    if (len > ANSWER_MAX) fail(125, "malformed answer from the daemon", NULL);
     return frame.len >= 4 + (size_t)len;
 }
 

@@ -4,14 +4,15 @@
 #pragma once
 #include "sys.h"
 
-enum { FRAME_MAX = 4 << 20 };
+// A request is at most FRAME_MAX long, an answer ANSWER_MAX: captured output grows when it is written as JSON.
+enum { FRAME_MAX = 4 << 20, ANSWER_MAX = 16 << 20 };
 
 // Room for the largest frame costs nothing: it is zero pages until touched. `len` counts on past the end, so that a
 // request which does not fit can say its size. One spare byte lets a text at the very end be terminated in place.
-struct frame { size_t len; uint8_t bytes[4 + FRAME_MAX + 1]; };
+struct frame { size_t len; uint8_t bytes[4 + ANSWER_MAX + 1]; };
 
 static inline void put(struct frame *f, const void *data, size_t n) {
-    if (f->len + n <= 4 + FRAME_MAX) memcpy(f->bytes + f->len, data, n);
+    if (f->len + n <= 4 + ANSWER_MAX) memcpy(f->bytes + f->len, data, n);
     f->len += n;
 }
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import time
@@ -32,6 +33,7 @@ from agentrun.policy import Limits
 from agentrun.types import Unenforced
 
 PREFIX = "agentrun-"
+_log = logging.getLogger("agentrun")
 CONTROLLERS = ("cpu", "memory", "pids", "io")
 COVERED = frozenset({"pids.max", "memory.oom.group", "memory.swap.max"})
 """Not missed where they are missing: RLIMIT_NPROC bounds processes; without memory.max the other two say nothing."""
@@ -222,6 +224,8 @@ def remove_stale(base: Path) -> list[str]:
             removed.append(path.name)
         except (BlockingIOError, FileNotFoundError):
             continue  # it has an owner, or somebody else removed it first
+        except (OSError, HostError) as error:
+            _log.warning("removing what a dead agentrun left at %s: %s", path, error)
         finally:
             os.close(fd)
     return removed
@@ -300,8 +304,6 @@ def _clear(fd: int, path: Path, patience: float = 10.0) -> None:
     Raises:
         HostError: something below is still alive after ``patience`` seconds.
     """
-    if not any(path.glob("*/")):
-        return
     write_file(fd, "cgroup.kill", "1", str(path))
     deadline = time.monotonic() + patience
     while True:

@@ -67,7 +67,8 @@ async def _serve(config: DaemonConfig, name: str) -> None:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:
                     break
-            notify.notify("STOPPING=1")
+            with contextlib.suppress(OSError):  # whoever wanted to know may be gone
+                notify.notify("STOPPING=1")
             nursery.cancel_scope.cancel()
     finally:
         for listener in listeners:
