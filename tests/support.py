@@ -327,9 +327,10 @@ def descendants(root: int) -> dict[int, tuple[int, str, str]]:
 def pids_below(cgroup: Path) -> list[int]:
     """Every process in a cgroup tree, leaf by leaf; a leaf that goes away meanwhile has none."""
     found = []
-    for path in cgroup.glob("**/"):  # itself too
-        with contextlib.suppress(OSError):
-            found += [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
+    with contextlib.suppress(FileNotFoundError):
+        for path in cgroup.glob("**/"):  # itself too
+            with contextlib.suppress(OSError):
+                found += [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
     return found
 
 

@@ -151,11 +151,12 @@ class Daemon:
             _close_all(fds)
             with contextlib.suppress(ProtocolError):
                 message = decode(frame)
-                if isinstance(message, Signal) and 0 < message.signal < signal.NSIG:
-                    if not running.send_signal(message.signal) and message.signal in _FATAL:
-                        running.interrupted = message.signal
-                        scope.cancel()
-                        return
+                if not isinstance(message, Signal) or not 0 < message.signal < signal.NSIG:
+                    continue
+                if not running.send_signal(message.signal) and message.signal in _FATAL:
+                    running.interrupted = message.signal
+                    scope.cancel()
+                    return
 
     def _resolve(self, request: Exec, workspace_fd: int, peer: tuple[int, int, int]) -> Request:
         options = request.options
