@@ -12,6 +12,7 @@ import trio
 
 from agentrun.capture import Capture
 from agentrun.cgroup.leaf import LeafStats
+from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, SandboxError, UsageError
 from agentrun.request import Request
 from agentrun.slot import Slot
@@ -42,7 +43,7 @@ class Call:
         self.warm = False
         self.unenforced: tuple[Unenforced, ...] = ()
         self.cancelled = False
-        self._signalled = False
+        self._signalled = self._timed_out = False
         self._mount_fd, self._nproc = mount_fd, nproc
 
     def pack(self) -> tuple[bytes, list[int]]:
@@ -99,7 +100,12 @@ class Call:
         return {"id": self.slot.id if self.slot else None, "tenant": self.request.tenant, "argv": argv,
                 "seconds": monotonic() - self.started, "policy": self.request.policy.name}  # fmt: skip
 
-    async def finish(self, timeout: float | None) -> Result:
+    def _expire(self) -> None:
+        self._timed_out = True
+        if self.slot is not None:
+            self.slot.leaf.kill()
+
+    async def finish(self, timeout: float | None, deadlines: Deadlines) -> Result:
         """Wait for the end, or make it at the deadline; then collect and account.
 
         On cancellation the leaf is killed and waited for before ``trio.Cancelled`` goes on.
@@ -110,22 +116,20 @@ class Call:
         """
         slot = self.slot
         assert slot is not None
-        deadline = trio.current_time() + timeout if timeout is not None else float("inf")
+        if self.cancelled:
+            slot.leaf.kill()
+        watch = None if timeout is None else deadlines.add(trio.current_time() + timeout, self._expire)
+        events = slot.events()
         try:
-            if self.cancelled:
-                slot.leaf.kill()
-            with trio.CancelScope(deadline=deadline) as scope:
-                await _wait_exit(slot.runner_pidfd, self.stdio.captures)
+            await _wait_exit(slot.runner_pidfd, self.stdio.captures)
         except trio.Cancelled:
             slot.leaf.kill()
             with trio.CancelScope(shield=True):
                 await slot.wait_dead()
             raise
-        timed_out = scope.cancelled_caught
-        if timed_out:
-            slot.leaf.kill()
-            with trio.CancelScope(shield=True):
-                await trio.lowlevel.wait_readable(slot.runner_pidfd)
+        finally:
+            if watch is not None:
+                watch.cancel()
         status, rss = slot.reap()
         ended = monotonic()
         if slot.leftovers():
@@ -134,12 +138,18 @@ class Call:
                 await slot.wait_dead()
         for capture in self.stdio.captures.values():
             capture.finish()
-        return self._result(status, timed_out, ended, slot.leaf.stats(), rss, slot.events())
+        if status or not events:
+            events += slot.events()
+        return self._result(status, ended, slot.leaf.stats(), rss, events)
 
-    def _result(self, status: int, timed_out: bool, ended: float, stats: LeafStats, rss: int, events: list[Event]) -> Result:
-        first_exec = next((event.ns / 1e9 for event in events if event.kind is Kind.STARTED), None)
-        failed = next((event for event in events if event.kind is Kind.FAILED), None)
-        outcome, exit_code, number, verdict = self._outcome(status, timed_out, stats, failed)
+    def _result(self, status: int, ended: float, stats: LeafStats, rss: int, events: list[Event]) -> Result:
+        first_exec = failed = None
+        for event in events:
+            if event.kind is Kind.STARTED:
+                first_exec = event.ns / 1e9
+            elif event.kind is Kind.FAILED:
+                failed = event
+        outcome, exit_code, number, verdict = self._outcome(status, stats, failed)
         if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
             raise SlotDied
         exact = stats.memory_peak is not None
@@ -179,7 +189,7 @@ class Call:
         return round(instant - self.started, 6)
 
     def _outcome(
-        self, status: int, timed_out: bool, stats: LeafStats, failed: Event | None
+        self, status: int, stats: LeafStats, failed: Event | None
     ) -> tuple[Outcome, int | None, int | None, Verdict | None]:
         code = os.waitstatus_to_exitcode(status)
         exit_code, number = (code, None) if code >= 0 else (None, -code)
@@ -187,7 +197,7 @@ class Call:
             return Outcome.FAILED_TO_START, _start_code(failed), None, _start_verdict(failed, self.request)
         if stats.oom_kills:
             return Outcome.MEMORY_KILLED, None, signal.SIGKILL, self._memory_verdict(stats)
-        if timed_out:
+        if self._timed_out:
             message = f"killed after {self.request.policy.timeout:g} s"
             advice = "give it more time, or do less in one call; run long-lived servers outside a tool call"
             return Outcome.TIMED_OUT, None, number, Verdict(reason="timeout", message=message, advice=advice)

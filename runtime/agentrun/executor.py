@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -26,6 +26,7 @@ import trio
 from agentrun import rootfs
 from agentrun.call import Call, SlotDied
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
+from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
 from agentrun.policy import DEFAULT, Policy, find_policy
@@ -69,6 +70,7 @@ class Executor:
         self.config = config
         self.tree = tree
         self._fleet = fleet
+        self._deadlines = Deadlines()
         self._calls: dict[str, Call] = {}
         self._queue = trio.lowlevel.ParkingLot()
         self._running = self._completed = self._refused = 0
@@ -109,9 +111,10 @@ class Executor:
             HostError: the host failed; also LimitError and SandboxError.
         """
         begun = monotonic()
-        with self._opened(workspace) as (workspace_fd, mode):
+        directory, mode = self._open(workspace)
+        try:
             request = self.resolve(
-                argv, policy=policy, tenant=tenant, workspace_fd=workspace_fd, workspace_mode=mode, cwd=cwd,
+                argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
                 env=env, timeout=timeout,
             )  # fmt: skip
             stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
@@ -119,6 +122,9 @@ class Executor:
                 return await self.perform(request, stdio, begun=begun)
             finally:
                 stdio.close()
+        finally:
+            if directory >= 0:
+                os.close(directory)
 
     @contextlib.asynccontextmanager
     async def start(
@@ -130,8 +136,9 @@ class Executor:
         """
         workspace: Workspace | str | None = options.pop("workspace", None)
         tenant: str = options.get("tenant", "default")
-        with self._opened(workspace) as (workspace_fd, mode):
-            request = self.resolve(argv, workspace_fd=workspace_fd, workspace_mode=mode, **options)
+        directory, mode = self._open(workspace)
+        try:
+            request = self.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
             stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
             try:
                 async with trio.open_nursery() as nursery:
@@ -144,6 +151,9 @@ class Executor:
                         await running.aclose()
             finally:
                 stdio.close()
+        finally:
+            if directory >= 0:
+                os.close(directory)
 
     def resolve(
         self,
@@ -186,12 +196,15 @@ class Executor:
     ) -> Result:
         """Carry out a resolved request; ``run`` and the daemon come together here. ``begun`` is when the call was made."""
         started = begun if begun is not None else monotonic()
-        await self._enter_queue()
+        if self._running < self.config.max_running and not self._closing:
+            self._running += 1
+        else:
+            await self._wait_turn()
         try:
             queued = monotonic()
             files, missing = self.tree.plan(request.policy.limits)
             check_enforced(missing, request.policy, DEFAULT)
-            mount_fd = await self._fleet.mount_workspace(request)
+            mount_fd = -1 if request.workspace_fd < 0 else await self._fleet.mount_workspace(request)
             try:
                 nproc = request.policy.limits.pids_max or 0
                 call = Call(request, stdio, mount_fd, nproc)
@@ -221,7 +234,7 @@ class Executor:
                 if running is not None:
                     running.started(call)
                 try:
-                    return await call.finish(policy.timeout)
+                    return await call.finish(policy.timeout, self._deadlines)
                 except SlotDied:
                     if running is not None:
                         raise  # its descriptors are not ours any more
@@ -229,12 +242,9 @@ class Executor:
                 self._calls.pop(slot.id, None)
                 pool.release(slot)
 
-    async def _enter_queue(self) -> None:
+    async def _wait_turn(self) -> None:
         if self._closing:
             raise HostError("the executor is closing")
-        if self._running < self.config.max_running:
-            self._running += 1
-            return
         if len(self._queue) >= self.config.max_queued:
             self._refused += 1
             raise Overloaded(f"{self._running} calls run and {len(self._queue)} wait; try again later")
@@ -289,17 +299,11 @@ class Executor:
             await self._none_runs.wait()
         await self._fleet.aclose()
 
-    @contextlib.contextmanager
-    def _opened(self, workspace: Workspace | str | None) -> Iterator[tuple[int, str]]:
+    def _open(self, workspace: Workspace | str | None) -> tuple[int, str]:
         if workspace is None:
-            yield -1, "rw"
-            return
+            return -1, "rw"
         chosen = Workspace(workspace) if isinstance(workspace, str) else workspace
-        fd = open_directory(chosen)
-        try:
-            yield fd, chosen.mode
-        finally:
-            os.close(fd)
+        return open_directory(chosen), chosen.mode
 
 
 @contextlib.asynccontextmanager
@@ -327,6 +331,7 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                 executor = Executor(chosen, tree, fleet)
                 nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
                 nursery.start_soon(fleet.do_chores, name="agentrun chores")
+                nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
                 try:
                     yield executor
                 finally:

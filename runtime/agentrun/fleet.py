@@ -100,13 +100,11 @@ class Fleet:
         slot.leaf.write(lifted | {name: text for name, text in files.items() if default.get(name) != text})
 
     async def mount_workspace(self, request: Request) -> int:
-        """The detached, owner-mapped mount of a request's workspace, or -1.
+        """The detached, owner-mapped mount of a request's workspace.
 
         Raises:
             HostError: its file system cannot be mounted that way.
         """
-        if request.workspace_fd < 0:
-            return -1
         zygote = await self._zygote(shape_of(DEFAULT))
         top = request.workspace_path.split("/")[1]
         if top not in rootfs.HIDDEN and top not in self._tops:

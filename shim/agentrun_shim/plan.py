@@ -212,7 +212,10 @@ def pack_run(
     Raises:
         PlanError: a NUL in a string, or a body longer than MAX_RUN.
     """
-    strings = b"".join([_terminated(cwd), _terminated(attach), *map(_terminated, argv), *map(_terminated, env)])
+    # One join and one count instead of a check for each string: this is on the way of every call.
+    strings = b"\0".join([cwd, attach, *argv, *env, b""])
+    if strings.count(b"\0") != 2 + len(argv) + len(env):
+        raise PlanError("a NUL byte in the command line or environment")
     body = _STRUCT["plan_run"].pack(flags, len(argv), len(env), umask, nproc, 0) + strings
     if len(body) > MAX_RUN:
         raise PlanError(f"the command line and environment take {len(strings)} bytes; the limit is {MAX_RUN}")
