@@ -28,6 +28,7 @@ test-vm: build
 	$(PY) -m pytest -q -m vm tests/vm
 
 bench: build
+	$(PY) -m pip install --quiet --disable-pip-version-check --group bench
 	$(PY) -m bench --install
 
 clean:
