@@ -83,7 +83,7 @@ def test_unknown_keys_are_skipped_and_pieces_joined(start, daemon):
 
 
 @pytest.mark.parametrize("data", [
-    struct.pack("<I", 0), struct.pack("<I", 4_194_305), frame([1]), frame({}), frame({"op": "result", "exit": 0}),
+    struct.pack("<I", 0), struct.pack("<I", 16_777_217), frame([1]), frame({}), frame({"op": "result", "exit": 0}),
     frame({"op": "result", "exit": 256, "json": b""}), frame({"op": "result", "exit": -1, "json": b""}),
     frame({"op": "result", "exit": "0", "json": b""}), frame({"op": "result", "exit": 0, "json": 1}),
     frame({"op": "error", "exit": 0}), frame({"op": "reply", "exit": 0, "json": b""}), frame({1: 2}),
