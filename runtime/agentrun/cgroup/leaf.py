@@ -98,7 +98,9 @@ class Leaf:
     def stats(self) -> LeafStats:
         """Read its account once; meant for when nothing runs in it any more."""
         fd, has = self.fd, self.controllers
-        cpu = parse_flat(self._read("cpu.stat"))
+        text = self._read("cpu.stat")
+        # usage, user and system come first on every kernel; the rest is only of interest with the controller.
+        cpu = parse_flat(text if "cpu" in has else b" ".join(text.split(None, 6)[:6]))
         events = parse_flat(read_file(fd, "memory.events") or b"") if "memory" in has else {}
         io = parse_io(read_file(fd, "io.stat") or b"") if "io" in has else (None, None)
         throttled = cpu.get("throttled_usec") if "cpu" in has else None
