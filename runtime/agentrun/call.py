@@ -153,7 +153,7 @@ class Call:
         if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
             raise SlotDied
         exact = stats.memory_peak is not None
-        captures = self.stdio.captures
+        captures, begun = self.stdio.captures, self.started
         return Result(
             id=self.slot.id if self.slot else "",
             outcome=outcome,
@@ -174,19 +174,16 @@ class Call:
                 throttled=stats.throttled,
             ),
             timings=Timings(
-                queued=self._since(self.queued),
-                leased=self._since(self.leased),
-                dispatched=self._since(self.dispatched),
-                first_exec=None if first_exec is None else self._since(first_exec),
-                total=self._since(monotonic()),
+                queued=round(self.queued - begun, 6),
+                leased=round(self.leased - begun, 6),
+                dispatched=round(self.dispatched - begun, 6),
+                first_exec=None if first_exec is None else round(first_exec - begun, 6),
+                total=round(monotonic() - begun, 6),
             ),
             warm=self.warm,
             verdict=verdict,
             unenforced=self.unenforced,
         )
-
-    def _since(self, instant: float) -> float:
-        return round(instant - self.started, 6)
 
     def _outcome(
         self, status: int, stats: LeafStats, failed: Event | None

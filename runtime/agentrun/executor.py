@@ -121,7 +121,7 @@ class Executor:
             try:
                 return await self.perform(request, stdio, begun=begun)
             finally:
-                stdio.close()
+                self._fleet.later(stdio.close)
         finally:
             if directory >= 0:
                 os.close(directory)

@@ -85,7 +85,7 @@ class Fleet:
             name = f"{self._built:x}"
             return await build_slot(await self._zygote(shape), self._tree, tenant, name, files, maps)
 
-        pool = Pool(build, self._discard, self._later, self._nursery, least=self._config.pool_least, most=self._config.pool_most)
+        pool = Pool(build, self._discard, self.later, self._nursery, least=self._config.pool_least, most=self._config.pool_most)
         self._pools[tenant, shape] = pool
         return pool
 
@@ -158,7 +158,7 @@ class Fleet:
                 self._zygotes[shape] = zygote
             return zygote
 
-    def _later(self, chore: Callable[[], None]) -> None:
+    def later(self, chore: Callable[[], None]) -> None:
         """Do something after the call that asks for it has returned: nothing it needs may wait for this."""
         self._chores.append(chore)
         self._bell.set()

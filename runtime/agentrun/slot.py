@@ -79,7 +79,7 @@ class Slot:
 
     def leftovers(self) -> bool:
         """Something of the call outlived the tool: anything in the leaf but init."""
-        return any(pid != self._init for pid in self.leaf.pids())
+        return not self.leaf.only(self._init)
 
     async def wait_dead(self) -> None:
         """Wait until everything in a killed sandbox has died; init is the last.

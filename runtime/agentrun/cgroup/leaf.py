@@ -78,6 +78,10 @@ class Leaf:
         fd = self._files.get(name, -1)
         return os.pread(fd, 65536, 0) if fd >= 0 else read_file(self.fd, name) or b""
 
+    def only(self, pid: int) -> bool:
+        """No live process but this one is in it."""
+        return self._read("cgroup.procs") == b"%d\n" % pid
+
     def pids(self) -> list[int]:
         """The processes in it now (host pids; the dead are not listed)."""
         return [int(pid) for pid in self._read("cgroup.procs").split()]
