@@ -2,7 +2,7 @@
 """The two conversations with a service manager: sockets it passes us, states we tell it.
 
 Both protocols are a few environment variables and stable by promise, so no libsystemd. Sources: sd_notify(3),
-sd_listen_fds(3), https://systemd.io/PORTABILITY_AND_STABILITY. `notify` blocks only while the manager's queue
+sd_listen_fds(3): a protocol systemd promises to keep. `notify` blocks only while the manager's queue
 is full, as libsystemd's does.
 """
 

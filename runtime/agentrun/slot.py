@@ -33,11 +33,6 @@ class Slot:
         self._runner = cloned.runner
         self._reaped = False
 
-    @property
-    def init(self) -> int:
-        """The host pid of the sandbox's PID 1."""
-        return self._init
-
     def send(self, message: bytes, fds: Sequence[int]) -> int:
         """Send RUN with its descriptors; returns how many bytes went out (a long command line may need ``send_rest``).
 

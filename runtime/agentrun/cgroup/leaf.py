@@ -94,11 +94,6 @@ class Leaf:
         with contextlib.suppress(FileNotFoundError):
             write_file(self.fd, "cgroup.kill", "1", self.where)
 
-    @property
-    def populated(self) -> bool:
-        """A live process is in it."""
-        return b"populated 1" in (read_file(self.fd, "cgroup.events") or b"")
-
     def stats(self) -> LeafStats:
         """Read its account once; meant for when nothing runs in it any more."""
         fd, has = self.fd, self.controllers

@@ -39,8 +39,3 @@ def plan_budget(limits: Limits) -> dict[str, str]:
     if limits.pids_max is not None:
         files["pids.max"] = str(limits.pids_max)
     return files
-
-
-def controller_of(name: str) -> str:
-    """``memory.max`` → ``memory``."""
-    return name.partition(".")[0]
