@@ -10,7 +10,6 @@ from time import monotonic
 
 import trio
 
-from agentrun.capture import Capture
 from agentrun.cgroup.leaf import LeafStats
 from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, SandboxError, UsageError
@@ -19,7 +18,7 @@ from agentrun.slot import Slot
 from agentrun.stdio import Stdio
 from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
 from agentrun.zygote import step_name
-from agentrun_shim.plan import Event, Kind, PlanError, RunFlag, Step, pack_run
+from agentrun_shim.plan import Event, PlanError, RunFlag, Step, pack_run
 
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 
@@ -52,7 +51,7 @@ class Call:
         Raises:
             UsageError: the command line and environment are longer than any kernel takes.
         """
-        flags = RunFlag.TERMINAL if self.stdio.terminal else RunFlag(0)
+        flags = int(RunFlag.TERMINAL) if self.stdio.terminal else 0
         fds = list(self.stdio.child)
         if self._mount_fd >= 0:
             flags |= RunFlag.ATTACH
@@ -78,9 +77,7 @@ class Call:
         self.slot = slot
         if sent < len(message):
             await slot.send_rest(message[sent:])
-        # From here on the tool runs beside us; what its end will need is got ready now instead of then.
         self.stdio.close_child()
-        slot.leaf.open_account()
 
     def kill(self) -> None:
         """End the call now: everything in its leaf dies; the outcome is ``cancelled``."""
@@ -105,7 +102,7 @@ class Call:
         if self.slot is not None:
             self.slot.leaf.kill()
 
-    async def finish(self, timeout: float | None, deadlines: Deadlines) -> Result:
+    async def finish(self, deadlines: Deadlines) -> Result:
         """Wait for the end, or make it at the deadline; then collect and account.
 
         On cancellation the leaf is killed and waited for before ``trio.Cancelled`` goes on.
@@ -118,10 +115,10 @@ class Call:
         assert slot is not None
         if self.cancelled:
             slot.leaf.kill()
+        timeout = self.request.timeout
         watch = None if timeout is None else deadlines.add(trio.current_time() + timeout, self._expire)
-        events = slot.events()
         try:
-            await _wait_exit(slot.runner_pidfd, self.stdio.captures)
+            await _wait_exit(slot.runner_pidfd, self.stdio)
         except trio.Cancelled:
             slot.leaf.kill()
             with trio.CancelScope(shield=True):
@@ -136,19 +133,12 @@ class Call:
             slot.leaf.kill()
             with trio.CancelScope(shield=True):
                 await slot.wait_dead()
-        for capture in self.stdio.captures.values():
-            capture.finish()
-        if status or not events:
-            events += slot.events()
-        return self._result(status, ended, slot.leaf.stats(), rss, events)
+        self.stdio.finish()
+        return self._result(status, ended, slot.leaf.stats(), rss, *slot.report())
 
-    def _result(self, status: int, ended: float, stats: LeafStats, rss: int, events: list[Event]) -> Result:
-        first_exec = failed = None
-        for event in events:
-            if event.kind is Kind.STARTED:
-                first_exec = event.ns / 1e9
-            elif event.kind is Kind.FAILED:
-                failed = event
+    def _result(
+        self, status: int, ended: float, stats: LeafStats, rss: int, first_exec: float | None, failed: Event | None
+    ) -> Result:
         outcome, exit_code, number, verdict = self._outcome(status, stats, failed)
         if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
             raise SlotDied
@@ -195,7 +185,7 @@ class Call:
         if stats.oom_kills:
             return Outcome.MEMORY_KILLED, None, signal.SIGKILL, self._memory_verdict(stats)
         if self._timed_out:
-            message = f"killed after {self.request.policy.timeout:g} s"
+            message = f"killed after {self.request.timeout:g} s"
             advice = "give it more time, or do less in one call; run long-lived servers outside a tool call"
             return Outcome.TIMED_OUT, None, number, Verdict(reason="timeout", message=message, advice=advice)
         if self.cancelled:
@@ -214,23 +204,22 @@ class Call:
         return Verdict(reason="memory", message=message, advice=advice)
 
 
-async def _wait_exit(pidfd: int, captures: dict[str, Capture]) -> None:
+async def _wait_exit(pidfd: int, stdio: Stdio) -> None:
     """Wait until the tool has exited, reading what it writes meanwhile: one epoll, one task, however many streams."""
-    if not captures:
+    epoll = stdio.epoll
+    if epoll is None:
         await trio.lowlevel.wait_readable(pidfd)
         return
-    by_fd = {capture.fd: capture for capture in captures.values()}
-    with select.epoll() as epoll:
-        for fd in (pidfd, *by_fd):
-            epoll.register(fd, select.EPOLLIN)
-        while True:
-            await trio.lowlevel.wait_readable(epoll.fileno())
-            ready = [fd for fd, _ in epoll.poll(0)]
-            for fd in ready:
-                if fd != pidfd:
-                    by_fd[fd].drain()
-            if pidfd in ready:
-                return
+    by_fd = {capture.fd: capture for capture in stdio.captures.values()}
+    epoll.register(pidfd, select.EPOLLIN)
+    while True:
+        await trio.lowlevel.wait_readable(epoll.fileno())
+        ready = [fd for fd, _ in epoll.poll(0)]
+        for fd in ready:
+            if fd != pidfd:
+                by_fd[fd].drain()
+        if pidfd in ready:
+            return
 
 
 def _start_code(event: Event) -> int:

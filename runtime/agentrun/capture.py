@@ -13,7 +13,7 @@ class Capture:
     __slots__ = ("_bound", "_head", "_tail", "fd", "total")
 
     def __init__(self, fd: int, bound: int) -> None:
-        """Takes ownership of ``fd``, which must not block."""
+        """``fd`` must not block, and stays the caller's."""
         self.fd = fd
         self.total = 0
         """Bytes the tool wrote."""
@@ -22,14 +22,13 @@ class Capture:
         self._tail = bytearray()
 
     def drain(self) -> bool:
-        """Read what is there now; True at the end of the stream, when the descriptor is closed."""
+        """Read what is there now; True at the end of the stream."""
         for _ in range(16):  # a writer that never pauses must not keep the others from being read
             try:
                 data = os.read(self.fd, _CHUNK)
             except BlockingIOError:
                 return False
             if not data:
-                self.close()
                 return True
             self._keep(data)
             if len(data) < 4096:
@@ -39,7 +38,7 @@ class Capture:
     def finish(self) -> None:
         """Take what is still in the pipe and stop reading; for when every writer is dead."""
         before = -1
-        while self.fd >= 0 and self.total != before:
+        while self.total != before:
             before = self.total
             self.drain()
 
@@ -67,9 +66,3 @@ class Capture:
         tail = bytes(self._tail[max(0, len(self._tail) - (self._bound - self._bound // 2)) :])
         cut = self.total - len(self._head) - len(tail)
         return bytes(self._head) + b"\n[agentrun: %d bytes cut]\n" % cut + tail
-
-    def close(self) -> None:
-        """Stop reading; a tool that still writes gets SIGPIPE."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)

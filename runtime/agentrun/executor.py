@@ -30,12 +30,16 @@ from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
 from agentrun.policy import DEFAULT, Policy, find_policy
-from agentrun.pool import PoolStats
+from agentrun.pool import Pool, PoolStats
 from agentrun.request import Request, Text, check_enforced, check_tenant, encode_argv, encode_env
 from agentrun.running import Running
-from agentrun.stdio import PIPE, Input, Output, Stdio
-from agentrun.types import Result
+from agentrun.stdio import PIPE, Input, Kits, Output, Stdio
+from agentrun.types import Result, Unenforced
 from agentrun.workspace import Workspace, open_directory, real_path
+
+_HOME = rootfs.HOME.encode()
+_TERMS_KEPT = 1024
+"""Pairs of policy and tenant whose terms are remembered."""
 
 
 class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
@@ -63,6 +67,18 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
     pools: dict[str, PoolStats]
 
 
+class _Terms(msgspec.Struct, frozen=True):
+    """What a policy comes to for one tenant on this host: worked out on the first call, looked up on the others."""
+
+    policy: Policy
+    pool: Pool
+    files: Mapping[str, str] | None
+    """Control files in which the leaf differs from the pool's."""
+    unenforced: tuple[Unenforced, ...]
+    nproc: int
+    """RLIMIT_NPROC; 0 leaves the pool's."""
+
+
 class Executor:
     """Runs tool calls. Made by ``open_executor``."""
 
@@ -72,10 +88,12 @@ class Executor:
         self._fleet = fleet
         self._deadlines = Deadlines()
         self._calls: dict[str, Call] = {}
+        self._known_terms: dict[tuple[int, str], _Terms] = {}
         self._queue = trio.lowlevel.ParkingLot()
         self._running = self._completed = self._refused = 0
         self._closing = False
         self._none_runs = trio.Event()
+        self._kits = Kits()
         self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     async def run(
@@ -117,7 +135,7 @@ class Executor:
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
                 env=env, timeout=timeout,
             )  # fmt: skip
-            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
+            stdio = self._stdio(stdin, stdout, stderr, tenant)
             try:
                 return await self.perform(request, stdio, begun=begun)
             finally:
@@ -139,7 +157,7 @@ class Executor:
         directory, mode = self._open(workspace)
         try:
             request = self.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
-            stdio = Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), self.config.capture_limit, self.null_fd)
+            stdio = self._stdio(stdin, stdout, stderr, tenant)
             try:
                 async with trio.open_nursery() as nursery:
                     running = Running()
@@ -174,21 +192,24 @@ class Executor:
             UsageError: something in it cannot be.
         """
         rules = find_policy(policy) if isinstance(policy, str) else policy
-        if timeout is not None:
-            if not timeout > 0:
-                raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
-            rules = msgspec.structs.replace(rules, timeout=timeout)
-        path = real_path(workspace_fd) if workspace_fd >= 0 else ""
+        if timeout is None:
+            timeout = rules.timeout
+        elif not timeout > 0:
+            raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
+        path = ""
+        if workspace_fd >= 0:
+            path, caller = real_path(workspace_fd), caller or (os.geteuid(), os.getegid())
         return Request(
             argv=encode_argv(argv),
             env=encode_env(env),
-            cwd=os.fsencode(cwd or path or rootfs.HOME),
+            cwd=os.fsencode(cwd or path) or _HOME,
             policy=rules,
+            timeout=timeout,
             tenant=check_tenant(tenant),
             workspace_fd=workspace_fd,
             workspace_path=path,
             workspace_mode="ro" if workspace_mode == "ro" else "rw",
-            caller=caller if caller is not None else (os.geteuid(), os.getegid()),
+            caller=caller or (0, 0),
         )
 
     async def perform(
@@ -202,30 +223,41 @@ class Executor:
             await self._wait_turn()
         try:
             queued = monotonic()
-            files, missing = self.tree.plan(request.policy.limits)
-            check_enforced(missing, request.policy, DEFAULT)
+            terms = self._terms(request.policy, request.tenant)
             mount_fd = -1 if request.workspace_fd < 0 else await self._fleet.mount_workspace(request)
             try:
-                nproc = request.policy.limits.pids_max or 0
-                call = Call(request, stdio, mount_fd, nproc)
-                call.started, call.queued, call.unenforced = started, queued, missing
-                return await self._in_slot(call, files, running)
+                call = Call(request, stdio, mount_fd, terms.nproc)
+                call.started, call.queued, call.unenforced = started, queued, terms.unenforced
+                return await self._in_slot(call, terms, running)
             finally:
                 if mount_fd >= 0:
                     os.close(mount_fd)
         finally:
             self._leave_queue()
 
-    async def _in_slot(self, call: Call, files: Mapping[str, str], running: Running | None) -> Result:
+    def _terms(self, policy: Policy, tenant: str) -> _Terms:
+        # By identity: hashing a policy takes longer than all the rest. The entry holds the policy, so its id stays its own.
+        terms = self._known_terms.get((id(policy), tenant))
+        if terms is None:
+            files, missing = self.tree.plan(policy.limits)
+            check_enforced(missing, policy, DEFAULT)
+            own = None if policy.limits == DEFAULT.limits else files
+            nproc = 0 if policy.limits.pids_max == DEFAULT.limits.pids_max else policy.limits.pids_max or 0
+            terms = _Terms(policy, self._fleet.pool(tenant, policy), own, missing, nproc)
+            if len(self._known_terms) >= _TERMS_KEPT:
+                self._known_terms.clear()
+            self._known_terms[id(policy), tenant] = terms
+        return terms
+
+    async def _in_slot(self, call: Call, terms: _Terms, running: Running | None) -> Result:
         message, fds = call.pack()
-        policy = call.request.policy
-        pool = self._fleet.pool(call.request.tenant, policy)
+        pool = terms.pool
         while True:
             slot, call.warm = await pool.lease()
             call.leased = monotonic()
             try:
-                if policy.limits != DEFAULT.limits:
-                    self._fleet.adjust(slot, files)
+                if terms.files is not None:
+                    self._fleet.adjust(slot, terms.files)
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):
@@ -234,7 +266,7 @@ class Executor:
                 if running is not None:
                     running.started(call)
                 try:
-                    return await call.finish(policy.timeout, self._deadlines)
+                    return await call.finish(self._deadlines)
                 except SlotDied:
                     if running is not None:
                         raise  # its descriptors are not ours any more
@@ -298,6 +330,11 @@ class Executor:
         if self._running:
             await self._none_runs.wait()
         await self._fleet.aclose()
+        self._kits.close()
+
+    def _stdio(self, stdin: Input, stdout: Output, stderr: Output, tenant: str) -> Stdio:
+        bound = self.config.capture_limit
+        return Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), bound, self.null_fd, self._kits)
 
     def _open(self, workspace: Workspace | str | None) -> tuple[int, str]:
         if workspace is None:

@@ -161,7 +161,8 @@ class Fleet:
     def later(self, chore: Callable[[], None]) -> None:
         """Do something after the call that asks for it has returned: nothing it needs may wait for this."""
         self._chores.append(chore)
-        self._bell.set()
+        if len(self._chores) == 1:
+            self._bell.set()
 
     async def do_chores(self) -> None:
         """Take down used slots and build new ones, when no task has anything better to do; runs as long as the fleet does."""

@@ -15,7 +15,9 @@ from agentrun.cgroup.leaf import Leaf
 from agentrun.cgroup.tree import Tree
 from agentrun.errors import HostError, SandboxError
 from agentrun.zygote import Cloned, IdMap, Zygote, step_name
-from agentrun_shim.plan import EVENT_SIZE, Event, Kind, unpack_event
+from agentrun_shim.plan import EVENT_SIZE, Event, Kind, unpack_event, unpack_events
+
+_STARTED = int(Kind.STARTED)
 
 
 class Slot:
@@ -52,13 +54,19 @@ class Slot:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.control)
 
-    def events(self) -> list[Event]:
-        """What the runner has reported since READY; does not wait."""
+    def report(self) -> tuple[float | None, Event | None]:
+        """What the runner said: the instant (monotonic, seconds) it was about to execve, and what failed. Does not wait."""
+        started = failed = None
         try:
             data = self.control.recv(4 * EVENT_SIZE)
         except (BlockingIOError, ConnectionResetError):
-            return []
-        return [unpack_event(data[at:]) for at in range(0, len(data) - len(data) % EVENT_SIZE, EVENT_SIZE)]
+            return None, None
+        for event in unpack_events(data):
+            if event[0] == _STARTED:
+                started = event[4] / 1e9
+            elif event[0] == Kind.FAILED:
+                failed = Event.of(event)
+        return started, failed
 
     def signal_group(self, number: int) -> None:
         """Signal the tool's process group. Safe from pid reuse: the runner is our unreaped child."""
@@ -153,6 +161,7 @@ async def build_slot(
     slot = Slot(name, leaf, ours, cloned)
     try:
         await _wait_ready(slot)
+        leaf.mark_ready()
     except BaseException:
         await slot.dispose()
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
 from typing import Final, Literal
 
@@ -14,15 +15,74 @@ PIPE: Final = "pipe"
 Input = bytes | int | Literal["pipe"] | None
 Output = int | Literal["pipe"] | None
 
-_PIPE_FLAGS = os.O_CLOEXEC
+
+class Kit:
+    """Two pipes for captured streams, and an epoll that watches their read ends. Whoever takes one closes what it took."""
+
+    __slots__ = ("epoll", "pipes")
+
+    def __init__(self, owner: tuple[int, int]) -> None:
+        self.pipes: list[tuple[int, int]] = []
+        self.epoll = select.epoll()
+        try:
+            for _ in range(2):
+                read, write = _make_pipe(owner)
+                self.pipes.append((read, write))
+                self.epoll.register(read, select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close everything in it."""
+        self.epoll.close()
+        for pair in self.pipes:
+            for fd in pair:
+                os.close(fd)
+
+
+class Kits:
+    """One kit ready for each tenant, made while nobody waits: its system calls are a twentieth of a short call."""
+
+    def __init__(self) -> None:
+        self._ready: dict[tuple[int, int], Kit] = {}
+
+    def take(self, owner: tuple[int, int]) -> Kit:
+        """A kit whose pipes belong to ``owner``, the tool's uid and gid as the host sees them."""
+        return self._ready.pop(owner, None) or Kit(owner)
+
+    def refill(self, owner: tuple[int, int]) -> None:
+        """Have what the next call takes."""
+        if owner not in self._ready:
+            with contextlib.suppress(OSError):  # out of descriptors: whoever needs one is told
+                self._ready[owner] = Kit(owner)
+
+    def close(self) -> None:
+        """Close those nobody took."""
+        while self._ready:
+            self._ready.popitem()[1].close()
+
+
+def _make_pipe(owner: tuple[int, int]) -> tuple[int, int]:
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.set_blocking(read, False)
+        os.fchown(write, *owner)
+    except BaseException:
+        os.close(read)
+        os.close(write)
+        raise
+    return read, write
 
 
 class Stdio:
     """What one call's descriptors are. ``child`` go to the tool; ``close_child`` after they were sent, ``close`` at the end."""
 
-    __slots__ = ("_owned", "_tool_ends", "captures", "child", "parent", "terminal")
+    __slots__ = ("_kit", "_kits", "_owned", "_owner", "_tool_ends", "captures", "child", "parent", "terminal")
 
-    def __init__(self) -> None:
+    def __init__(self, owner: tuple[int, int] = (0, 0), kits: Kits | None = None) -> None:
+        self._owner, self._kits = owner, kits
+        self._kit: Kit | None = None
         self.child: list[int] = []
         self.parent: dict[str, int] = {}
         """Our ends of PIPE streams: ``stdin``, ``stdout``, ``stderr``."""
@@ -32,7 +92,16 @@ class Stdio:
         self._tool_ends: list[int] = []
 
     @classmethod
-    def for_run(cls, stdin: Input, stdout: Output, stderr: Output, owner: tuple[int, int], bound: int, null: int) -> Stdio:
+    def for_run(
+        cls,
+        stdin: Input,
+        stdout: Output,
+        stderr: Output,
+        owner: tuple[int, int],
+        bound: int,
+        null: int,
+        kits: Kits | None = None,
+    ) -> Stdio:
         """stdin, and outputs that are captured (``None``) or given.
 
         ``owner`` is the tool's uid and gid as the host sees them: it may reopen /dev/stdout only if the pipe is its own.
@@ -40,18 +109,21 @@ class Stdio:
         Raises:
             UsageError: a given descriptor is not open, or stdin is a stream.
         """
-        self = cls()
+        self = cls(owner, kits)
         try:
-            self.child.append(self._input(stdin, owner, null))
-            for name, given in (("stdout", stdout), ("stderr", stderr)):
+            self.child.append(null if stdin is None else self._input(stdin))
+            if stdout is None or stderr is None:
+                self._kit = kits.take(owner) if kits is not None else Kit(owner)
+            for number, (name, given) in enumerate((("stdout", stdout), ("stderr", stderr))):
                 if given is None:
-                    read, write = self._pipe(owner)
                     # Our copy of the write end stays open until the call has ended: the pipe then never reports its end of
                     # file, and an exit is one wake-up instead of three.
+                    assert self._kit is not None
+                    read, write = self._kit.pipes[number]
                     self.captures[name] = Capture(read, bound)
                     self.child.append(write)
                 else:
-                    self.child.append(self._stream(name, given, owner))
+                    self.child.append(self._stream(name, given))
         except BaseException:
             self.close()
             raise
@@ -65,9 +137,7 @@ class Stdio:
         self.terminal = True
         return self
 
-    def _input(self, stdin: Input, owner: tuple[int, int], null: int) -> int:
-        if stdin is None:
-            return null
+    def _input(self, stdin: bytes | int | Literal["pipe"]) -> int:
         if isinstance(stdin, bytes):
             # A file in memory instead of a pipe: no task has to feed it, and there is no size at which it would block.
             fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
@@ -77,16 +147,16 @@ class Stdio:
             os.lseek(fd, 0, os.SEEK_SET)
             return fd
         if stdin == PIPE:
-            read, write = self._pipe(owner)
+            read, write = self._pipe()
             os.set_blocking(read, True)
             self.parent["stdin"] = write
             self._tool_ends.append(read)
             return read
         return self._given("stdin", stdin)
 
-    def _stream(self, name: str, given: int | Literal["pipe"], owner: tuple[int, int]) -> int:
+    def _stream(self, name: str, given: int | Literal["pipe"]) -> int:
         if given == PIPE:
-            read, write = self._pipe(owner)
+            read, write = self._pipe()
             self.parent[name] = read
             self._tool_ends.append(write)
             return write
@@ -99,12 +169,15 @@ class Stdio:
             raise UsageError(f"{name}: descriptor {fd} is not open") from error
         return fd
 
-    def _pipe(self, owner: tuple[int, int]) -> tuple[int, int]:
-        read, write = os.pipe2(_PIPE_FLAGS)
-        self._owned += [read, write]
-        os.set_blocking(read, False)
-        os.fchown(write, *owner)
-        return read, write
+    def _pipe(self) -> tuple[int, int]:
+        pair = _make_pipe(self._owner)
+        self._owned += pair
+        return pair
+
+    @property
+    def epoll(self) -> select.epoll | None:
+        """Watches the captured streams, if there are any."""
+        return None if self._kit is None else self._kit.epoll
 
     def close_child(self) -> None:
         """Close our copies of the tool's ends of streams, so that whoever holds the other ends sees theirs."""
@@ -119,14 +192,24 @@ class Stdio:
         self._owned.remove(fd)
         return fd
 
+    def finish(self) -> None:
+        """Take what is still in the captured streams; every writer is dead."""
+        if self._kit is not None:
+            # One system call says that nothing is there, as it mostly is; two reads would say so with an exception each.
+            ready = [fd for fd, _ in self._kit.epoll.poll(0)]
+            for capture in self.captures.values():
+                if capture.fd in ready:
+                    capture.finish()
+
     def close(self) -> None:
-        """Close everything that is still ours."""
-        for capture in self.captures.values():
-            if capture.fd in self._owned:
-                self._owned.remove(capture.fd)
-            capture.close()
+        """Close everything that is still ours, and have the pipes of the next call made."""
         while self._owned:
             os.close(self._owned.pop())
+        if self._kit is not None:
+            kit, self._kit = self._kit, None
+            kit.close()
+            if self._kits is not None:
+                self._kits.refill(self._owner)
 
 
 def own_pipe(fd: int, owner: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 MAGIC = 0x4C505241  # "ARPL"
@@ -166,6 +166,11 @@ class Event(NamedTuple):
     op: int
     ns: int
 
+    @classmethod
+    def of(cls, fields: tuple[int, int, int, int, int]) -> Event:
+        """An event from its fields."""
+        return cls(Kind(fields[0]), Step(fields[1]), *fields[2:])
+
 
 def pack_op(op: Op, *strings: bytes, a: int = 0, b: int = 0, c: int = 0, d: int = 0, blob: bytes = b"") -> bytes:
     """One operation of a SHAPE plan.
@@ -201,13 +206,13 @@ def pack_run(
     env: Sequence[bytes],
     *,
     cwd: bytes,
-    flags: RunFlag,
+    flags: int,
     umask: int,
     nproc: int,
     attach: bytes,
     nfds: int,
 ) -> bytes:
-    """The RUN message: header and body. ``nproc`` is the call's RLIMIT_NPROC, 0 to keep the shape's.
+    """The RUN message: header and body. ``flags`` are RunFlag's; ``nproc`` is the call's RLIMIT_NPROC, 0 to keep the shape's.
 
     Raises:
         PlanError: a NUL in a string, or a body longer than MAX_RUN.
@@ -242,8 +247,12 @@ def unpack_done(data: bytes) -> Done:
 
 def unpack_event(data: bytes) -> Event:
     """Decode one event of a runner (the first ``EVENT_SIZE`` bytes of ``data``)."""
-    kind, step, error, op, ns = _STRUCT["plan_event"].unpack_from(data)
-    return Event(Kind(kind), Step(step), error, op, ns)
+    return Event.of(_STRUCT["plan_event"].unpack_from(data))
+
+
+def unpack_events(data: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """The whole events in ``data``, as they came: the fields of ``Event``, for ``Event.of``."""
+    return _STRUCT["plan_event"].iter_unpack(data[: len(data) - len(data) % EVENT_SIZE])
 
 
 def _terminated(text: bytes) -> bytes:

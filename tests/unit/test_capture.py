@@ -22,10 +22,13 @@ def captured(pieces: list[bytes], bound: int) -> Capture:
             while piece:
                 piece = piece[os.write(write, piece[:65536]) :]
                 assert capture.drain() is False
-    finally:
         os.close(write)
-    capture.finish()
-    assert capture.fd == -1
+        write = -1
+        capture.finish()
+    finally:
+        os.close(read)
+        if write >= 0:
+            os.close(write)
     return capture
 
 
@@ -81,7 +84,7 @@ def test_drain_says_when_the_stream_ended():
     assert capture.drain() is False
     os.close(write)
     assert capture.drain() is True
-    assert capture.fd == -1
+    os.close(read)
     assert capture.content() == b"text"
 
 
@@ -91,18 +94,5 @@ def test_finish_takes_what_is_there_though_a_writer_lives():
     os.write(write, b"last words")
     capture.finish()
     assert capture.content() == b"last words"
-    capture.close()
-    with pytest.raises(BrokenPipeError):
-        os.write(write, b"x")
-    os.close(write)
-
-
-def test_close_twice_is_close_once():
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    capture = Capture(read, 1)
-    capture.close()
-    other = os.dup(write)  # may get the number that became free
-    capture.close()
-    os.fstat(other)
-    os.close(other)
+    os.close(read)
     os.close(write)

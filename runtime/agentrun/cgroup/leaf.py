@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from agentrun.cgroup.files import read_file, write_file
-from agentrun.cgroup.stats import parse_flat, parse_io, parse_number
+from agentrun.cgroup.stats import parse_cpu, parse_flat, parse_io, parse_number
 from agentrun.errors import HostError
 
 
@@ -36,7 +36,7 @@ class Leaf:
     ``fd`` is -1 once closed, so that a number the kernel gave to somebody else can never be used by mistake.
     """
 
-    __slots__ = ("_files", "_parent_fd", "controllers", "fd", "name", "where")
+    __slots__ = ("_built_system", "_built_user", "_files", "_parent_fd", "controllers", "fd", "name", "where")
 
     def __init__(self, parent_fd: int, name: str, where: str, controllers: frozenset[str], files: Mapping[str, str]) -> None:
         """Make the leaf and write ``files`` (control file → text) to it, before any process can be in it.
@@ -51,6 +51,7 @@ class Leaf:
         self._parent_fd, self.name, self.where, self.controllers = parent_fd, name, f"{where}/{name}", controllers
         self.fd = -1
         self._files: dict[str, int] = {}
+        self._built_user = self._built_system = 0.0
         try:
             self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent_fd)
             for file, text in files.items():
@@ -69,10 +70,19 @@ class Leaf:
         for file, text in files.items():
             write_file(self.fd, file, text, self.where)
 
-    def open_account(self) -> None:
-        """Open what every call's end reads, while there is time: the tool has just been started."""
-        for name in ("cgroup.procs", "cpu.stat"):
-            self._files[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+    def mark_ready(self) -> None:
+        """The sandbox is built: open what the end of every call reads, and note the time spent so far, which is not the tool's.
+
+        Raises:
+            HostError: there are no descriptors left.
+        """
+        try:
+            for name in ("cgroup.procs", "cpu.stat"):
+                self._files[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError as error:
+            raise HostError(f"opening {self.where}/{name}: {error.strerror} (raise LimitNOFILE, or keep fewer warm)") from error
+        stats = self.stats()
+        self._built_user, self._built_system = stats.cpu_user, stats.cpu_system
 
     def _read(self, name: str) -> bytes:
         fd = self._files.get(name, -1)
@@ -97,16 +107,13 @@ class Leaf:
     def stats(self) -> LeafStats:
         """Read its account once; meant for when nothing runs in it any more."""
         fd, has = self.fd, self.controllers
-        text = self._read("cpu.stat")
-        # usage, user and system come first on every kernel; the rest is only of interest with the controller.
-        cpu = parse_flat(text if "cpu" in has else b" ".join(text.split(None, 6)[:6]))
+        user, system, throttled = parse_cpu(self._read("cpu.stat"))
         events = parse_flat(read_file(fd, "memory.events") or b"") if "memory" in has else {}
         io = parse_io(read_file(fd, "io.stat") or b"") if "io" in has else (None, None)
-        throttled = cpu.get("throttled_usec") if "cpu" in has else None
         return LeafStats(
-            cpu_user=cpu.get("user_usec", 0) / 1e6,
-            cpu_system=cpu.get("system_usec", 0) / 1e6,
-            throttled=None if throttled is None else throttled / 1e6,
+            cpu_user=max(0.0, round(user - self._built_user, 6)),
+            cpu_system=max(0.0, round(system - self._built_system, 6)),
+            throttled=throttled,
             memory_peak=parse_number(read_file(fd, "memory.peak")) if "memory" in has else None,
             oom_kills=events.get("oom_kill", 0),
             ooms=events.get("oom", 0),

@@ -9,6 +9,17 @@ def parse_flat(text: bytes) -> dict[str, int]:
     return {key.decode(): int(value) for key, value in zip(words[::2], words[1::2], strict=False) if value.isdigit()}
 
 
+def parse_cpu(text: bytes) -> tuple[float, float, float | None]:
+    """cpu.stat → seconds of user, system and throttled time; the last is there with the cpu controller only.
+
+    usage, user and system are the first three lines on every kernel that has the file (cpu_stat_show, since 4.15).
+    """
+    words = text.split(None, 6)
+    at = text.find(b"throttled_usec ")
+    throttled = None if at < 0 else int(text[at + 15 :].split(None, 1)[0]) / 1e6
+    return int(words[3]) / 1e6, int(words[5]) / 1e6, throttled
+
+
 def parse_io(text: bytes) -> tuple[int, int]:
     """io.stat → (bytes read, bytes written) over all devices."""
     read = written = 0
