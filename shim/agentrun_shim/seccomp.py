@@ -1,299 +1,217 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seccomp filter every tool runs under: an allow-list of system calls, compiled to classic BPF.
+"""Seccomp filters for tools: a profile, compiled to the classic BPF program the kernel runs.
 
-`default_filter()` returns the bytes of `struct sock_filter[]` for `seccomp(SECCOMP_SET_MODE_FILTER)`. It is
-built once on the host, handed to the zygote, and loaded by each runner while the sandbox is warmed, never on
-the way of a call.
+A program is built once on the host, handed to the zygote, and loaded by each runner while the sandbox is warmed, never on the
+way of a call. libseccomp compiles the rules. Three things it has no words for are put around its programs here:
 
-The starting point is the default profile of Docker and containerd (`moby/profiles`, `seccomp/default.json`,
-2025), evaluated for a container with no capabilities. Where we differ, on purpose:
+* *order.* For libseccomp a rule without arguments beats every rule with some for the same call, and which of two rules with
+  arguments holds is left open. A profile is read from its top (``seccomp_profile``). So rules of different actions for one call
+  go into programs of their own, one after the other: where a program has no rule that fits, it jumps to the next. So do rules
+  with LT, LE, GE, GT and NE: libseccomp (2.5.4) joins several of them wrongly, and of some sets it makes no end;
+* *unlisted numbers.* The last program is a table of all numbers we know. What most of them get, as a rule ALLOW, is its default
+  and takes no instruction; the profile's own default, which is for all other numbers, is given by a range check in front. The
+  default profile takes a third of the instructions this way, and every slot loads them;
+* *strangers.* i386 and x32 callers are killed whatever the profile says: their numbers mean other calls, so no rule fits them.
 
-* a number outside our table is ENOSYS, not EPERM: libraries fall back on ENOSYS and give up on EPERM;
-* i386 and x32 callers are killed; the profile admits both. Their numbers mean other calls, so no rule here
-  fits them;
-* `socket` knows UNIX, INET, INET6 and NETLINK; any other family is EAFNOSUPPORT, the kernel's own word for
-  "not built in" (the profile: a longer list, EPERM). An unusual family loads an unusual kernel module.
-  `socketpair`, which would load the same modules and which the profile leaves open, follows the same rule;
-* `ioctl` TIOCSTI and TIOCLINUX are EPERM: they type into the terminal. A container has one of its own, so the
-  profile has no such rule; our tools inherit their caller's (CVE-2017-5226);
-* `fanotify_mark` and `modify_ldt` are EPERM: one is useless without `fanotify_init`, the other is for 16-bit
-  programs;
-* `file_getattr`, `file_setattr` (their ioctl forms were always allowed), `rseq_slice_yield` and `uprobe` are
-  allowed: newer than the profile. Refusing `uretprobe` or `uprobe` would break a traced program, not the
-  tracer.
+Only loads, ``&``, jumps and returns are used, so the kernel (5.11 and later, commit 8e01b51a31a1) can prove which numbers are
+always allowed, and skips the program for them.
 
-The same as there, and worth a sentence: `ptrace` and `process_vm_*` are allowed, because a debugger and
-LeakSanitizer need them and the pid namespace bounds whom they reach; `clone3` is ENOSYS, because its flags
-sit in memory a filter cannot read, and libc then uses `clone`; `adjtimex` is allowed, because it also reads,
-and the kernel asks for CAP_SYS_TIME before it writes. Masks and values are compared in the low 32 bits of an
-argument: each of these arguments is an `int` to the kernel, so comparing all 64 would let a caller hide
-behind the upper half (CVE-2019-10063).
-
-A filter is not the sandbox. It narrows the kernel surface; namespaces and dropped capabilities hold the
-walls.
-
-Program: load and check the architecture, load the number, then a balanced search over the runs of equal
-decisions. Only loads, `&`, jumps and returns are used, so the kernel (5.11 and later, commit 8e01b51a31a1)
-can prove which numbers are always allowed and skips the filter for them.
-
-Sources: seccomp(2); in the kernel tree `Documentation/userspace-api/seccomp_filter.rst`,
-`Documentation/networking/filter.rst`, `include/uapi/linux/{seccomp,filter,audit}.h`, `kernel/seccomp.c`.
+Sources: seccomp(2); in the kernel tree `Documentation/userspace-api/seccomp_filter.rst`, `Documentation/networking/filter.rst`,
+`include/uapi/linux/{seccomp,filter,audit}.h`, `kernel/seccomp.c`.
 """
 
-import enum
+from __future__ import annotations
+
 import errno
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Final
 
+from agentrun_shim import libseccomp
+from agentrun_shim.data import data_path
+from agentrun_shim.seccomp_profile import SKIPPED, X32_BIT, Action, Condition, Kind, Profile, ProfileError, load_profile
 from agentrun_shim.syscall_table import NUMBERS
 
 AUDIT_ARCH_X86_64: Final = 0xC000003E
-X32_SYSCALL_BIT: Final = 0x40000000
-NR_SKIPPED: Final = 0xFFFFFFFF
-"""-1: set by a tracer (gdb, proot, strace --inject) so that the kernel skips the call. Not x32."""
-
 BPF_LD_ABS: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
-BPF_AND: Final = 0x54  # BPF_ALU | BPF_AND | BPF_K
 BPF_JA: Final = 0x05  # BPF_JMP | BPF_JA: the offset is k, 32 bits
 BPF_JEQ: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K: the offsets are 8 bits
 BPF_JGE: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
 BPF_RET: Final = 0x06  # BPF_RET | BPF_K
 BPF_MAXINSNS: Final = 4096
-
 OFFSET_NR: Final = 0  # struct seccomp_data
 OFFSET_ARCH: Final = 4
-OFFSET_ARGS: Final = 16
 
-CLONE_NAMESPACES: Final = 0x7E020000
-"""CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}; not NEWTIME: to clone, 0x80 belongs to the exit signal."""
-SOCKET_FAMILIES: Final = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
-PERSONALITIES: Final = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-"""PER_LINUX and PER_LINUX32, each also with UNAME26; -1 only asks."""
-TERMINAL_INJECTION: Final = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
-
-
-class Action(enum.IntEnum):
-    """What the kernel does with a call: SECCOMP_RET_* with its data."""
-
-    ALLOW = 0x7FFF0000
-    EPERM = 0x00050000 | errno.EPERM
-    ENOSYS = 0x00050000 | errno.ENOSYS
-    EAFNOSUPPORT = 0x00050000 | errno.EAFNOSUPPORT
-    KILL = 0x80000000
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A decision that needs one argument: `match` if its low 32 bits are one of `values` or touch `mask`."""
-
-    arg: int
-    match: Action
-    otherwise: Action
-    values: tuple[int, ...] = ()
-    mask: int = 0
-
-
-Decision = Action | Rule
-
-FAMILY_RULE: Final = Rule(0, Action.ALLOW, Action.EAFNOSUPPORT, values=SOCKET_FAMILIES)
-RULES: Final[dict[str, Rule]] = {
-    "clone": Rule(0, Action.EPERM, Action.ALLOW, mask=CLONE_NAMESPACES),
-    "ioctl": Rule(1, Action.EPERM, Action.ALLOW, values=TERMINAL_INJECTION),
-    "personality": Rule(0, Action.ALLOW, Action.EPERM, values=PERSONALITIES),
-    "socket": FAMILY_RULE,
-    "socketpair": FAMILY_RULE,
+_RET: Final[dict[Kind, int]] = {
+    "allow": 0x7FFF0000,
+    "errno": 0x00050000,
+    "kill_process": 0x80000000,
+    "kill_thread": 0,
+    "log": 0x7FFC0000,
+    "trap": 0x00030000,
 }
+USER_NOTIF: Final = 0x7FC00000
+_JOINABLE: Final = ("EQ", "MASKED_EQ")
+_NEXT: Final = 0x7FF0FFFF
+"""SECCOMP_RET_TRACE, which no profile can contain: what a program returns for calls it leaves to the next."""
+
+_ANY: Final = ((0, 0, 0, 0, 0, 0),)
+_MINUS_1, _AT_FDCWD = 2**64 - 1, 2**64 - 100
+RUNNER: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
+    "chdir": _ANY,
+    "clock_gettime": ((1, 0, 0, 0, 0, 0),),  # CLOCK_MONOTONIC
+    "close": _ANY,
+    "close_range": ((6, 0xFFFFFFFF, 0, 0, 0, 0),),
+    "dup3": tuple((6, fd, 0, 0, 0, 0) for fd in range(3)),
+    "execve": _ANY,
+    "exit_group": _ANY,
+    # TIOCSPTLCK, TIOCGPTPEER, TIOCSCTTY: a terminal for the tool
+    "ioctl": tuple((6, request, 0, 0, 0, 0) for request in (0x40045431, 0x5441, 0x540E)),
+    "landlock_add_rule": ((6, 1, 0, 0, 0, 0),),  # LANDLOCK_RULE_PATH_BENEATH: the workspace
+    "landlock_restrict_self": _ANY,
+    "mmap": ((0, 4096, 3, 0x22, _MINUS_1, 0),),  # readable and writable, private and anonymous
+    # /dev/ptmx: O_RDWR | O_NOCTTY | O_CLOEXEC; the workspace: O_PATH | O_CLOEXEC
+    "openat": ((_AT_FDCWD, 0, 0o2000402, 0, 0, 0), (_AT_FDCWD, 0, 0o12000000, 0, 0, 0)),
+    "prlimit64": ((0, 6, 0, 0, 0, 0),),  # RLIMIT_NPROC
+    "read": _ANY,
+    "recvmsg": ((3, 0, 0x40000000, 0, 0, 0),),  # MSG_CMSG_CLOEXEC
+    "sendmsg": ((3, 0, 0x4000, 0, 0, 0),),  # MSG_NOSIGNAL
+    "umask": _ANY,
+}
+"""What shim/native/runner.c calls once the filter is loaded, with the arguments that are always the same."""
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def find_profile(name: str) -> Profile:
+    """The shipped profile of a name (``default``, ``strict``), or the one in the file at a path, which has a slash in it.
 
-
-ALLOWED: Final = _names(
+    Raises:
+        ProfileError: there is none, or it cannot be used.
     """
-    open openat openat2 creat close close_range dup dup2 dup3 fcntl flock read pread64 readv preadv preadv2
-    write pwrite64 writev pwritev pwritev2 lseek sendfile copy_file_range splice tee vmsplice readahead
-    fadvise64 cachestat fallocate truncate ftruncate fsync fdatasync sync syncfs sync_file_range pipe pipe2
-    memfd_create memfd_secret
-
-    stat fstat lstat newfstatat statx access faccessat faccessat2 statfs fstatfs statmount listmount getdents
-    getdents64 mkdir mkdirat rmdir mknod mknodat rename renameat renameat2 link linkat unlink unlinkat
-    symlink symlinkat readlink readlinkat chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat umask
-    utime utimes futimesat utimensat getcwd chdir fchdir name_to_handle_at file_getattr file_setattr
-
-    setxattr lsetxattr fsetxattr setxattrat getxattr lgetxattr fgetxattr getxattrat listxattr llistxattr
-    flistxattr listxattrat removexattr lremovexattr fremovexattr removexattrat
-
-    poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-    epoll_ctl_old epoll_wait_old eventfd eventfd2 signalfd signalfd4 inotify_init inotify_init1
-    inotify_add_watch inotify_rm_watch io_setup io_destroy io_submit io_cancel io_getevents io_pgetevents
-
-    mmap munmap mremap mprotect msync mincore madvise brk mlock mlock2 mlockall munlock munlockall mseal
-    remap_file_pages pkey_alloc pkey_free pkey_mprotect map_shadow_stack membarrier process_mrelease
-
-    fork vfork execve execveat exit exit_group wait4 waitid kill tkill tgkill pidfd_open pidfd_send_signal
-    getpid gettid getppid getpgid getpgrp setpgid getsid setsid prctl arch_prctl set_tid_address
-    set_thread_area get_thread_area set_robust_list get_robust_list rseq rseq_slice_yield restart_syscall
-    uretprobe uprobe futex futex_waitv futex_wake futex_wait futex_requeue ptrace process_vm_readv
-    process_vm_writev
-
-    rt_sigaction rt_sigprocmask rt_sigpending rt_sigsuspend rt_sigtimedwait rt_sigqueueinfo rt_tgsigqueueinfo
-    rt_sigreturn sigaltstack pause
-
-    sched_yield sched_getparam sched_setparam sched_getscheduler sched_setscheduler sched_get_priority_max
-    sched_get_priority_min sched_rr_get_interval sched_getaffinity sched_setaffinity sched_getattr
-    sched_setattr getpriority setpriority ioprio_get ioprio_set getrlimit setrlimit prlimit64 getrusage
-    getcpu uname sysinfo getrandom
-
-    getuid geteuid getresuid setuid setreuid setresuid setfsuid getgid getegid getresgid setgid setregid
-    setresgid setfsgid getgroups setgroups capget capset seccomp landlock_create_ruleset landlock_add_rule
-    landlock_restrict_self
-
-    time gettimeofday times adjtimex clock_adjtime clock_gettime clock_getres clock_nanosleep nanosleep alarm
-    getitimer setitimer timer_create timer_settime timer_gettime timer_getoverrun timer_delete timerfd_create
-    timerfd_settime timerfd_gettime
-
-    connect accept accept4 bind listen shutdown getsockname getpeername setsockopt getsockopt sendto recvfrom
-    sendmsg recvmsg sendmmsg recvmmsg
-
-    shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open mq_unlink
-    mq_timedsend mq_timedreceive mq_notify mq_getsetattr
-    """
-)
-
-DENIED: Final = _names(
-    """
-    mount umount2 pivot_root chroot open_tree open_tree_attr move_mount fsopen fsconfig fsmount fspick
-    mount_setattr
-
-    setns unshare listns sethostname setdomainname
-
-    init_module finit_module delete_module create_module get_kernel_syms query_module kexec_load
-    kexec_file_load reboot swapon swapoff acct quotactl quotactl_fd iopl ioperm vhangup syslog modify_ldt
-
-    settimeofday clock_settime
-
-    bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register fanotify_init
-    fanotify_mark open_by_handle_at lookup_dcookie kcmp pidfd_getfd process_madvise
-
-    add_key request_key keyctl lsm_get_self_attr lsm_set_self_attr lsm_list_modules
-
-    mbind set_mempolicy get_mempolicy set_mempolicy_home_node migrate_pages move_pages
-
-    ustat sysfs uselib _sysctl nfsservctl getpmsg putpmsg afs_syscall tuxcall security vserver
-    """
-)
+    if "/" in name:
+        return load_profile(Path(name))
+    shipped = data_path("policies/seccomp")
+    if not (shipped / f"{name}.json").is_file():
+        known = ", ".join(sorted(path.stem for path in shipped.glob("*.json")))
+        raise ProfileError(f"seccomp: {name!r}: no such profile (known: {known}; or the path of one, with a slash in it)")
+    return load_profile(shipped / f"{name}.json")
 
 
-def decisions() -> dict[int, Decision]:
-    """Every number with a decision of its own; the others are ENOSYS, `clone3` and new calls among them."""
-    table: dict[int, Decision] = {NUMBERS[name]: Action.ALLOW for name in ALLOWED}
-    table |= {NUMBERS[name]: Action.EPERM for name in DENIED}
-    table |= {NUMBERS[name]: rule for name, rule in RULES.items()}
-    return table
+@cache
+def default_profile() -> Profile:
+    """The shipped profile, policies/seccomp/default.json."""
+    return find_profile("default")
 
 
 @cache
 def default_filter() -> bytes:
-    """The program to load: an array of `struct sock_filter`, 8 bytes each, in the machine's byte order."""
-    return compile_filter(decisions())
+    """The shipped profile, compiled: an array of ``struct sock_filter``, 8 bytes each, in the machine's byte order."""
+    return compile_profile(default_profile())
 
 
-def compile_filter(table: Mapping[int, Decision]) -> bytes:
-    """Compile decisions by number; a number without one is ENOSYS, x32 and foreign callers are killed."""
-    program = Assembler()
-    runs = runs_of(table)
-    targets: dict[Decision, int] = {Action.KILL: program.ret(Action.KILL)}
-    for _, decision in runs:
-        if decision not in targets:
-            label = program.rule(decision) if isinstance(decision, Rule) else program.ret(decision)
-            targets[decision] = label
+def compile_profile(profile: Profile, *, notify: bool = False) -> bytes:
+    """Compile a profile to an array of ``struct sock_filter`` for ``seccomp(SECCOMP_SET_MODE_FILTER)``.
 
-    def search(low: int, high: int) -> int:
-        if high - low == 1:
-            return targets[runs[low][1]]
-        middle = (low + high) // 2
-        above, below = search(middle, high), search(low, middle)
-        return program.branch(BPF_JGE, runs[middle][0], above, below)
+    With ``notify``, what the profile refuses with an errno other than ENOSYS, and what it logs, goes to the supervisor that holds
+    the filter's listener (SECCOMP_FILTER_FLAG_NEW_LISTENER); it answers by ``profile.decide``. ENOSYS is no news: libraries try
+    new calls to see whether it comes.
 
-    root = program.load(OFFSET_NR, search(0, len(runs)))
-    program.load(OFFSET_ARCH, program.branch(BPF_JEQ, AUDIT_ARCH_X86_64, root, targets[Action.KILL]))
-    return program.encode()
-
-
-def runs_of(table: Mapping[int, Decision]) -> list[tuple[int, Decision]]:
-    """(first number, decision) of every run of equal decisions, over all 2**32 numbers, in order."""
-    edges = {0, X32_SYSCALL_BIT, NR_SKIPPED} | table.keys() | {number + 1 for number in table}
-    runs: list[tuple[int, Decision]] = []
-    for number in sorted(edges):
-        x32 = X32_SYSCALL_BIT <= number < NR_SKIPPED
-        decision = Action.KILL if x32 else table.get(number, Action.ENOSYS)
-        if not runs or runs[-1][1] != decision:
-            runs.append((number, decision))
-    return runs
-
-
-class Assembler:
-    """A program written from its end to its start: BPF only jumps forward, so each target exists when used.
-
-    A label is the number of instructions from its target to the end. A target further than the 8 bits of a
-    conditional jump reach gets a stepping stone: a BPF_JA, or a copy of the return itself.
+    Raises:
+        ProfileError: the profile refuses a call the runner itself needs, or its program is longer than the kernel takes.
+        OSError: libseccomp is missing, too old, or refuses a rule.
     """
+    _check_runner(profile, notify)
+    stages, table = _lower(profile, notify)
+    usual = Counter(table.values()).most_common(1)[0][0]
+    kill = _RET["kill_process"]
+    programs = [libseccomp.export(_NEXT, kill, stage) for stage in stages]
+    programs.append(libseccomp.export(usual, kill, [(word, nr, ()) for nr, word in table.items() if word != usual]))
+    program = _link(_front(_word(profile.default, notify)), programs)
+    if len(program) // 8 > BPF_MAXINSNS:
+        raise ProfileError(f"{profile.name}: syscalls: {len(program) // 8} instructions, the kernel takes {BPF_MAXINSNS}")
+    return program
 
-    REACH: Final = 255 - 2  # room for the stone of the other branch, and for the jump itself
 
-    def __init__(self) -> None:
-        self._backwards: list[tuple[int, int, int, int]] = []  # code, jt, jf, k
-        self._stones: dict[int, int] = {}
+def _check_runner(profile: Profile, notify: bool) -> None:
+    """The runner has no one to answer it before it has passed its listener on, so LOG does not do there."""
+    enough = {"allow"} if notify else {"allow", "log"}
+    refused = [
+        name for name, calls in RUNNER.items() if any(profile.decide(NUMBERS[name], args).kind not in enough for args in calls)
+    ]
+    if refused:
+        raise ProfileError(f"{profile.name}: syscalls: the profile must allow {', '.join(refused)}: the runner uses them")
 
-    def _emit(self, code: int, k: int, jt: int = 0, jf: int = 0) -> int:
-        if not (0 <= jt <= 255 and 0 <= jf <= 255 and 0 <= k <= 0xFFFFFFFF):
-            raise ValueError(f"instruction {code:#x} does not fit: jt={jt} jf={jf} k={k:#x}")
-        self._backwards.append((code, jt, jf, k))
-        return len(self._backwards)
 
-    def _offset(self, target: int) -> int:
-        return len(self._backwards) - target
+def _word(action: Action, notify: bool) -> int:
+    """What the program returns to the kernel for an action."""
+    counted = action.kind == "log" or (action.kind == "errno" and action.errno != errno.ENOSYS)
+    return USER_NOTIF if notify and counted else _RET[action.kind] | action.errno
 
-    def _near(self, target: int) -> int:
-        stone = self._stones.get(target, target)
-        if self._offset(stone) <= self.REACH:
-            return stone
-        code, _, _, k = self._backwards[target - 1]
-        copy = (code, k) if code == BPF_RET else (BPF_JA, self._offset(target))
-        self._stones[target] = self._emit(*copy)
-        return self._stones[target]
 
-    def ret(self, action: Action) -> int:
-        """Return `action`."""
-        return self._emit(BPF_RET, action)
+def _lower(profile: Profile, notify: bool) -> tuple[list[list[libseccomp.Rule]], dict[int, int]]:
+    """The rules with conditions, in programs libseccomp gets right; and what is left, a word for each number."""
+    table = dict.fromkeys(NUMBERS.values(), _word(profile.default, notify))
+    stages: list[list[libseccomp.Rule]] = []
+    for nr, rules in profile.calls.items():
+        queue: list[list[libseccomp.Rule]] = []
+        seen: set[tuple[Condition, ...]] = set()
+        joins = False
+        for rule in rules:
+            word = _word(rule.action, notify)
+            if not rule.conditions:
+                table[nr] = word
+                break
+            if rule.conditions in seen:
+                continue
+            seen.add(rule.conditions)
+            joined, joins = joins, all(condition.op in _JOINABLE for condition in rule.conditions)
+            if not (joined and joins and queue[-1][0][0] == word):
+                queue.append([])
+            queue[-1].append((word, nr, rule.conditions))
+        while queue and queue[-1][0][0] == table[nr]:
+            queue.pop()  # the table says the same
+        stages += [[] for _ in range(len(queue) - len(stages))]
+        for stage, group in zip(stages, queue, strict=False):
+            stage += group
+    return stages, table
 
-    def branch(self, code: int, k: int, match: int, otherwise: int) -> int:
-        """Compare the accumulator with `k` and jump to one of two targets."""
-        match, otherwise = self._near(match), self._near(otherwise)
-        return self._emit(code, k, self._offset(match), self._offset(otherwise))
 
-    def load(self, offset: int, then: int) -> int:
-        """Load 32 bits of `struct seccomp_data` and go on at `then`."""
-        if self._offset(then):
-            self._emit(BPF_JA, self._offset(then))
-        return self._emit(BPF_LD_ABS, offset)
+Instruction = tuple[int, int, int, int]
 
-    def rule(self, rule: Rule) -> int:
-        """Test the low 32 bits (the first four bytes: little-endian) of one argument."""
-        match, otherwise = self.ret(rule.match), self.ret(rule.otherwise)
-        if rule.mask:
-            otherwise = self.branch(BPF_JEQ, 0, otherwise, match)
-            otherwise = self._emit(BPF_AND, rule.mask)
-        for value in reversed(rule.values):
-            otherwise = self.branch(BPF_JEQ, value, match, otherwise)
-        return self.load(OFFSET_ARGS + 8 * rule.arg, otherwise)
 
-    def encode(self) -> bytes:
-        """The program from start to end, as the kernel takes it."""
-        if len(self._backwards) > BPF_MAXINSNS:
-            raise ValueError(f"{len(self._backwards)} instructions; the kernel takes {BPF_MAXINSNS}")
-        return b"".join(struct.pack("=HBBI", *instruction) for instruction in reversed(self._backwards))
+def _front(default: int) -> list[Instruction]:
+    """Give numbers outside the table the profile's default and leave the rest, strangers included, to the programs behind."""
+    numbers = sorted(NUMBERS.values())
+    edges = [(numbers[-1] + 1, False)]
+    for below, above in reversed(list(pairwise(numbers))):
+        edges += [(above, True), (below + 1, False)] if above > below + 1 else []
+    tests = len(edges)
+    # After the tests: the jump to the programs, then the check for x32 that separates its numbers from unknown ones.
+    code: list[Instruction] = [
+        (BPF_LD_ABS, 0, 0, OFFSET_ARCH),
+        (BPF_JEQ, 0, 1 + tests, AUDIT_ARCH_X86_64),
+        (BPF_LD_ABS, 0, 0, OFFSET_NR),
+    ]
+    for number, (edge, known) in enumerate(edges):
+        rest = tests - number - 1
+        code.append((BPF_JGE, rest if known else rest + 1, 0, edge))
+    code += [
+        (BPF_JA, 0, 0, 3),
+        (BPF_JGE, 0, 1, X32_BIT),
+        (BPF_JEQ, 0, 1, SKIPPED),
+        (BPF_RET, 0, 0, default),
+    ]
+    return code
+
+
+def _link(front: list[Instruction], programs: list[bytes]) -> bytes:
+    """One program: each goes on to the next where it has no answer."""
+    code = list(front)
+    for program in programs:
+        end = len(code) + len(program) // 8
+        for instruction in struct.iter_unpack("=HBBI", program):
+            goes_on = instruction[0] == BPF_RET and instruction[3] == _NEXT
+            code.append((BPF_JA, 0, 0, end - len(code) - 1) if goes_on else instruction)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

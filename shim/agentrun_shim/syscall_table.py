@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The system calls of x86-64 Linux, by name: numbers only, no opinion about any of them.
+"""The system calls of x86-64 Linux, by name: names and numbers only, no opinion about any of them.
 
 Generated once from `asm/unistd_64.h` of Debian 12 (kernel 6.1: 0 to 334 and 424 to 450), then continued by
 hand from the kernel's `arch/x86/entry/syscalls/syscall_64.tbl`: `uretprobe` (6.11), `uprobe` (6.18), 451 to
@@ -7,8 +7,8 @@ hand from the kernel's `arch/x86/entry/syscalls/syscall_64.tbl`: `uretprobe` (6.
 so that new calls share one number on every architecture. A test compares this table with whatever header is
 installed.
 
-A number never changes once released, so the table can only be too short; `agentrun_shim.seccomp` answers
-ENOSYS for what it does not know.
+A number never changes once released, so the table can only be too short; a number that is not in it gets a
+profile's default action.
 """
 
 from typing import Final
@@ -94,3 +94,26 @@ NUMBERS: Final[dict[str, int]] = {
     "file_getattr": 468, "file_setattr": 469, "listns": 470, "rseq_slice_yield": 471,
 }
 # fmt: on
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ELSEWHERE: Final = _names(
+    """
+    _llseek _newselect arc_gettls arc_settls arc_usr_cmpxchg arm_fadvise64_64 arm_sync_file_range bdflush break breakpoint
+    cachectl cacheflush chown32 clock_adjtime64 clock_getres_time64 clock_gettime64 clock_nanosleep_time64 clock_settime64
+    fadvise64_64 fchown32 fcntl64 fstat64 fstatat64 fstatfs64 ftime ftruncate64 futex_time64 get_tls getegid32 geteuid32 getgid32
+    getgroups32 getresgid32 getresuid32 getuid32 gtty idle io_pgetevents_time64 ipc lchown32 lock lstat64 mmap2 mpx
+    mq_timedreceive_time64 mq_timedsend_time64 multiplexer nice oldfstat oldlstat oldolduname oldstat olduname pciconfig_iobase
+    pciconfig_read pciconfig_write ppoll_time64 prof profil pselect6_time64 readdir recv recvmmsg_time64 riscv_flush_icache
+    riscv_hwprobe rt_sigtimedwait_time64 rtas s390_guarded_storage s390_pci_mmio_read s390_pci_mmio_write s390_runtime_instr
+    s390_sthyi sched_rr_get_interval_time64 semtimedop_time64 send sendfile64 set_tls setfsgid32 setfsuid32 setgid32 setgroups32
+    setregid32 setresgid32 setresuid32 setreuid32 setuid32 sgetmask sigaction signal sigpending sigprocmask sigreturn sigsuspend
+    socketcall spu_create spu_run ssetmask stat64 statfs64 stime stty subpage_prot swapcontext switch_endian sync_file_range2
+    syscall sysmips timer_gettime64 timer_settime64 timerfd timerfd_gettime64 timerfd_settime64 truncate64 ugetrlimit ulimit
+    umount usr26 usr32 utimensat_time64 vm86 vm86old waitpid
+    """
+)
+"""Names other architectures have and x86-64 has not, so that a profile for several is not taken to be misspelt."""
