@@ -1,106 +1,158 @@
-"""Limits and the policy that holds them. Parsing and checking only; nothing here touches the host."""
+"""What a tool call may do: the resolved, frozen form of a policy.
+
+Files become these types in ``policyfile``, names are looked up in ``policystore``; docs/policies.md is the description.
+Nothing here touches the host. Sizes are bytes and times seconds; ``None`` is no limit.
+"""
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from typing import Literal
 
 import msgspec
 
 from agentrun.errors import UsageError
+from agentrun.units import GIB, MIB
 
-MIB = 1 << 20
-GIB = 1 << 30
+Network = Literal["none", "host", "egress"]
+NETWORKS = ("none", "host", "egress")
+Exhausted = Literal["kill", "stop", "notify"]
 
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_UNIT = {"": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
-
-Network = Literal["none", "host"]
+MASKED = (
+    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi",
+    "/proc/timer_list", "/proc/timer_stats",
+)  # fmt: skip
+"""Paths that show nothing: what the container engines mask of a /proc; there is no /sys in a sandbox but /sys/fs/cgroup."""
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of a policy. ``None`` is no limit."""
+    """The numbers of a policy that a cgroup holds a call to."""
 
     memory_max: int | None = 2 * GIB
-    """Bytes; the leaf is killed as a whole beyond it."""
+    """The leaf is killed as a whole beyond it."""
+    memory_high: int | None = None
+    """The steady budget: what is above it is a burst."""
     memory_swap_max: int | None = 0
-    """Bytes of swap."""
+    memory_burst: int | None = None
+    """Bytes above ``memory_high`` that a call may use for ``burst_seconds``."""
+    burst_seconds: float | None = None
+    on_exhausted: Exhausted = "kill"
+    """What happens when a burst has used up its allowance."""
     pids_max: int | None = 512
     """Processes and threads of one call."""
     cpus: float | None = None
     """Processors' worth of time, over periods of 100 ms."""
+    cpu_burst: float | None = None
+    """Seconds of processor time that may be saved up and spent above ``cpus``: cpu.max.burst."""
     cpu_weight: int | None = None
     """1 to 10000; 100 is the kernel's default."""
+    io_weight: int | None = None
+    """1 to 10000; 100 is the kernel's default."""
+
+
+class Bind(msgspec.Struct, frozen=True):
+    """A host directory or file that a sandbox shows besides its image."""
+
+    source: str
+    target: str
+    mode: Literal["ro", "rw"] = "ro"
+
+
+class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call sees and may write."""
+
+    workspace: Literal["rw", "ro", "none"] = "rw"
+    """The most a call may ask for."""
+    binds: tuple[Bind, ...] = ()
+    masked: tuple[str, ...] = MASKED
+    """Files that read as empty, directories that are."""
+    read_only: tuple[str, ...] = READ_ONLY
+    file_size: int | None = None
+    """The largest file a tool may write: RLIMIT_FSIZE."""
+    landlock: bool = True
+    """A second wall where the kernel has it: no writing but to the call's own directories and its workspace."""
+
+
+class Egress(msgspec.Struct, frozen=True, kw_only=True):
+    """The names a call may reach with the network ``egress``."""
+
+    allow: tuple[str, ...] = ()
+    """``host:port[,port]``, where the host may begin with ``*.``"""
+    hosts: tuple[tuple[str, str], ...] = ()
+    """Names with the address to take for them, instead of asking the host's resolver."""
+
+
+class Rlimit(msgspec.Struct, frozen=True):
+    """One resource limit, by its name in getrlimit(2) without RLIMIT_, small."""
+
+    name: str
+    soft: int | None
+    hard: int | None
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """Who the tool is, and what it starts with."""
+
+    uid: int = 1000
+    gid: int = 1000
+    groups: tuple[int, ...] = ()
+    hostname: str = "sandbox"
+    umask: int = 0o022
+    oom_score_adj: int = 200
+    """Above the host's own services, which get 0: a tool goes first. proc(5)."""
+    rlimits: tuple[Rlimit, ...] = ()
+    """Besides core 0 and nofile 1024:524288, and instead of those."""
+    cpu_seconds: int | None = None
+    """Processor time of each process: RLIMIT_CPU."""
+    env_pass: tuple[str, ...] = ()
+    """Variables copied from the environment of the daemon, or of the embedding program."""
+    env_set: tuple[tuple[str, str], ...] = ()
+    env_forbid: tuple[str, ...] = ()
+    """Variables a caller may not set; a trailing ``*`` stands for any rest."""
+
+
+class Hints(msgspec.Struct, frozen=True, kw_only=True):
+    """What the words of a memory hint stand for, in bytes."""
+
+    low: int = 256 * MIB
+    medium: int = GIB
+    high: int = 8 * GIB
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What a tool call may do."""
 
     name: str = "default"
+    description: str = ""
     limits: Limits = Limits()
     timeout: float | None = 600.0
     """Seconds a call may take."""
     net: Network = "none"
-    """``none``: a network of its own, only loopback. ``host``: the host's."""
+    """``none``: a network of its own, only loopback. ``host``: the host's. ``egress``: the named hosts and nothing else."""
+    egress: Egress = Egress()
     scratch_size: int = 512 * MIB
     """Bytes the call may write to its private /tmp, /home and /dev/shm together."""
+    fs: Filesystem = Filesystem()
+    process: Process = Process()
+    seccomp: str = "default"
+    """A shipped profile's name, or the path of one in OCI format."""
+    hints: Hints = Hints()
     best_effort: bool = False
-    """Run although a limit the caller asked for cannot be enforced; the result lists it."""
+    """Run although a limit of this policy cannot be enforced; the result lists it."""
+    insist: tuple[str, ...] = ()
+    """Control files of limits the caller asked for besides, such as ``memory.max``: enforced, or the call is refused."""
 
 
-DEFAULT = Policy()
-BUILT_IN = {DEFAULT.name: DEFAULT}
-
-
-def parse_size(text: str, what: str) -> int:
-    """``64M``, ``1.5g``, ``4096`` → bytes, at least 1.
-
-    Raises:
-        UsageError: it is not a size; the message shows ``what`` was being set.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = int(Decimal(match[1]) * _UNIT[match[2].lower()]) if match else 0
-    if size < 1 or size >= 1 << 63:
-        raise UsageError(f"{what}: {text!r} is not a size (say 512M or 2G)")
-    return size
-
-
-def parse_number(text: str, what: str, *, least: float, most: float, whole: bool = False) -> float:
-    """A finite number within bounds.
-
-    Raises:
-        UsageError: it is none, or out of bounds.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not (least <= value <= most) or (whole and value != int(value)):
-        kind = "whole number" if whole else "number"
-        raise UsageError(f"{what}: {text!r} is not a {kind} from {least:g} to {most:g}")
-    return value
+DEFAULT = Policy(description="Any tool, no network: what a call gets when nothing else is said.")
 
 
 def parse_net(text: str) -> Network:
-    """``none`` or ``host``.
+    """``none``, ``host`` or ``egress``.
 
     Raises:
         UsageError: anything else.
     """
-    if text == "none":
-        return "none"
-    if text == "host":
-        return "host"
-    raise UsageError(f"net: {text!r} is not known (none or host)")
-
-
-def find_policy(name: str) -> Policy:
-    """The built-in policy of this name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in BUILT_IN:
-        raise UsageError(f"policy: there is no policy {name!r} (known: {', '.join(BUILT_IN)})")
-    return BUILT_IN[name]
+    for known in NETWORKS:
+        if text == known:
+            return known  # type: ignore[return-value]
+    raise UsageError(f"net: {text!r} is not known ({', '.join(NETWORKS[:-1])} or {NETWORKS[-1]})")
