@@ -15,7 +15,7 @@ from agentrun_shim import plan
 
 DIRECTORY = Path(__file__).parent / "_native"
 SOURCES = {
-    "agentrun-slot": ("zygote.c", "plan.c", "template.c", "init.c", "runner.c", "rights.c", "start.c"),
+    "agentrun-slot": ("zygote.c", "plan.c", "template.c", "init.c", "runner.c", "rights.c", "landlock.c", "start.c"),
     "agentrun": ("client*.c", "start.c"),
 }
 CFLAGS = (

@@ -55,7 +55,7 @@ class Kind(enum.IntEnum):
 class Op(enum.IntEnum):
     """One operation of a SHAPE plan. Who executes it: T the zygote's template, I init, R the runner."""
 
-    ROOT = 1  # T  fd a becomes the root of the template
+    ROOT = 1  # T  fd a becomes the root of the template; b is the oom_score_adj of everything that is made from it
     MOVE = 2  # T  attach detached mount fd a at path
     BIND = 3  # T  bind path to path
     SETATTR = 4  # T  mount_setattr(path): set flags a, recursive if b
@@ -64,13 +64,18 @@ class Op(enum.IntEnum):
     SLOT_BIND = 18  # I  bind path to path; a: not before a workspace is attached below it
     HOSTNAME = 19  # I  sethostname
     LOOPBACK = 20  # I  bring lo up
+    MASK = 21  # I  path: an empty file or directory instead, if it is there
+    READ_ONLY = 22  # I  path: read-only, if it is there
     RLIMIT = 32  # R  resource a; soft b, hard c (0xFFFFFFFF: unlimited; in units of d bytes)
-    IDS = 33  # R  uid a, gid b
-    FILTER = 34  # R  seccomp program
+    IDS = 33  # R  uid a, gid b; c supplementary groups in the payload, 32 bits each
+    FILTER = 34  # R  seccomp program of a instructions; b: report what it refuses to a listener
+    LANDLOCK = 35  # R  ruleset: handled a, scoped b; access c for the workspace; restrict_self flags d
+    WRITABLE = 36  # R  path: access a beneath it
 
 
 STRINGS = {
     Op.MOVE: 1, Op.BIND: 2, Op.SETATTR: 1, Op.MOUNT: 3, Op.MKDIR: 1, Op.SLOT_BIND: 2, Op.HOSTNAME: 1,
+    Op.MASK: 1, Op.READ_ONLY: 1, Op.WRITABLE: 1,
 }  # fmt: skip
 """How many NUL-terminated strings an operation's payload holds; the others have none."""
 
@@ -98,6 +103,7 @@ class Step(enum.IntEnum):
     WORKING_DIRECTORY = 17
     TERMINAL = 18
     EXEC = 19
+    LANDLOCK = 20
 
 
 class SlotFlag(enum.IntFlag):

@@ -8,7 +8,7 @@ static const char help[] =
     "\n"
     "Run one command in a fresh sandbox.\n"
     "\n"
-    "  --policy NAME           the rules to run under\n"
+    "  --policy NAME|FILE      the rules to run under (see agentrun policy list)\n"
     "  --workspace DIR[:ro]    the directory the command works in; :rw is the default\n"
     "  --cwd PATH              where in the sandbox the command starts\n"
     "  --env NAME[=VALUE]      set a variable, or copy it from here if it is set; repeatable\n"
@@ -17,6 +17,7 @@ static const char help[] =
     "  --cpus N                processors' worth of time\n"
     "  --pids N                processes and threads at once\n"
     "  --net none|host         no network, or the host's\n"
+    "  --hint memory=WHAT      memory it needs: low, medium, high or a size\n"
     "  --tenant NAME           whose budget pays\n"
     "  --best-effort           run even where a limit of the policy cannot be enforced\n"
     "  --json                  capture the output and print the whole result as JSON\n"
@@ -33,7 +34,7 @@ static const char help[] =
     "  75     queue full: try again      2    wrong usage or refused request\n";
 
 const char *const option_names[OPTIONS] = {
-    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "tenant", "workspace", "best-effort", "capture",
+    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "tenant", "workspace", "best-effort", "capture",
     "env", "result", "socket", "no-daemon", "no-tty", "help",
 };
 
@@ -84,5 +85,7 @@ int parse(int argc, char **argv, char **envp, const char *value[OPTIONS], unsign
         }
     }
     if (i >= argc) fail(2, "no command given", see, NULL);
+    const char *hint = env_entry(envp, "AGENT_RESOURCE_HINT");
+    if (hint && hint[sizeof "AGENT_RESOURCE_HINT"] && !value[HINT]) value[HINT] = hint + sizeof "AGENT_RESOURCE_HINT";
     return i;
 }

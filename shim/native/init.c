@@ -31,6 +31,20 @@ static long bind(const struct plan_op *op) {
     return SYS5(__NR_mount, op_text(op), text_next(op_text(op)), NULL, MS_BIND, NULL);
 }
 
+// What a path shows, taken away: a file reads as empty, a directory is. One that is not there needs no mask.
+static long mask(const char *path) {
+    long err = SYS5(__NR_mount, "/dev/null", path, NULL, MS_BIND, NULL);
+    if (err == -ENOTDIR) err = SYS5(__NR_mount, "tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=0,mode=555");
+    return err == -ENOENT ? 0 : err;
+}
+
+static long read_only(const char *path) {
+    struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
+    long err = SYS5(__NR_mount, path, path, NULL, MS_BIND | MS_REC, NULL);
+    if (err < 0) return err == -ENOENT ? 0 : err;
+    return SYS5(__NR_mount_setattr, AT_FDCWD, path, 0x8000 /* AT_RECURSIVE */, &attr, sizeof attr);
+}
+
 static long execute(const struct plan_op *op, uint32_t *step) {
     const char *one = op_text(op), *two;
     *step = op->type == OP_LOOPBACK ? STEP_NETWORK : STEP_MOUNTS;
@@ -41,6 +55,8 @@ static long execute(const struct plan_op *op, uint32_t *step) {
     case OP_MKDIR: return make_dir(op, one);
     case OP_SLOT_BIND: return op->a ? 0 : bind(op);
     case OP_HOSTNAME: return SYS2(__NR_sethostname, one, str_len(one));
+    case OP_MASK: return mask(one);
+    case OP_READ_ONLY: return read_only(one);
     case OP_LOOPBACK: return loopback_up();
     default: return 0;  // the template's or the runner's
     }

@@ -4,6 +4,7 @@
 #include <linux/sched.h>
 
 enum { NAMESPACES = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP };
+enum { MAX_GROUPS = 32 };
 // Without these three there is no sandbox: ids, mounts and processes of the host would be the tool's.
 enum { REQUIRED = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWUSER };
 
@@ -23,6 +24,7 @@ static bool op_check(const struct plan_op *op, size_t room, unsigned nfds) {
         if (p++ >= end) return false;
     }
     if ((op->type == OP_ROOT || op->type == OP_MOVE) && op->a >= nfds) return false;
+    if (op->type == OP_IDS && (op->c > MAX_GROUPS || op->c * 4 > op->size - sizeof *op)) return false;
     if (op->type == OP_FILTER && (op->a == 0 || op->a > PLAN_MAX_FILTER || op->a * 8 > op->size - sizeof *op)) return false;
     return true;
 }

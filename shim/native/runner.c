@@ -10,10 +10,12 @@
 
 enum { RLIMIT_NPROC_ = 6, PRIO_PROCESS_ = 0, TIOCSCTTY_ = 0x540E, TIOCSPTLCK_ = 0x40045431, TIOCGPTPEER_ = 0x5441 };
 
-static void report(uint32_t kind, uint32_t step, long err, uint32_t op) {
+static void report_fd(uint32_t kind, uint32_t step, long err, uint32_t op, int fd) {
     struct plan_event event = {kind, step, (int)-err, op, sys_monotonic_ns()};
-    send_fds(FD_CONTROL, &event, sizeof event, NULL, 0);
+    send_fds(FD_CONTROL, &event, sizeof event, &fd, fd >= 0);
 }
+
+static void report(uint32_t kind, uint32_t step, long err, uint32_t op) { report_fd(kind, step, err, op, -1); }
 
 __attribute__((noreturn)) static void fail(uint32_t step, long err, uint32_t op) {
     report(KIND_FAILED, step, err, op);
@@ -34,37 +36,44 @@ static uint64_t limit_value(uint32_t number, uint32_t unit) {
     return number == UINT32_MAX ? UINT64_MAX : (uint64_t)number * (unit ? unit : 1);
 }
 
-static long become(uint32_t uid, uint32_t gid) {
+static long become(const struct plan_op *op) {
+    uint32_t uid = op->a, gid = op->b;
     long err;
-    if ((err = SYS2(__NR_setgroups, 0, NULL)) < 0) return err;
+    if ((err = SYS2(__NR_setgroups, op->c, op_text(op))) < 0) return err;
     if ((err = SYS3(__NR_setresgid, gid, gid, gid)) < 0) return err;
     return SYS3(__NR_setresuid, uid, uid, uid);
 }
 
+// With op->b, refused calls go to a listener, whose descriptor this returns; else 0.
 static long load_filter(const struct plan_op *op) {
     struct sock_fprog program = {(unsigned short)op->a, (struct sock_filter *)(uintptr_t)op_text(op)};
-    return SYS3(__NR_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program);
+    if (!op->b) return SYS3(__NR_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program);
+    // Linux 5.19: a held call waits through signals; before, it is interrupted, made again and counted twice.
+    long err = SYS3(__NR_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER | 1u << 5 /* WAIT_KILLABLE_RECV */, &program);
+    return err == -EINVAL ? SYS3(__NR_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program) : err;
 }
 
 // Everything between clone and READY, in the one order that works: limits and ids while there are capabilities,
-// then none, then no_new_privs, then the filter.
-static void enter(const struct shape *shape) {
+// then none, then no_new_privs, then the filter. Returns the filter's listener, or -1.
+static int enter(const struct shape *shape) {
     const struct plan_op *op = shape->first;
     uint32_t filter = 0;
     long err = SYS2(__NR_setns, FD_INIT, shape->namespaces & ~(uint32_t)CLONE_NEWPID);
     if (err < 0) fail(STEP_ENTER, err, 0);
     if ((err = SYS1(__NR_setsid, 0)) < 0) fail(STEP_ENTER, err, 0);
     SYS3(__NR_setpriority, PRIO_PROCESS_, 0, 0);  // the daemon's and the zygote's better nice level is not the tool's
-    if ((err = bounding_drop_all()) < 0) fail(STEP_CAPABILITIES, err, 0);
+    if ((err = bounding_drop_all()) < 0 || (err = securebits_lock()) < 0) fail(STEP_CAPABILITIES, err, 0);
     const struct plan_op *filter_op = NULL;
     for (uint32_t i = 0; i < shape->nops; i++, op = op_next(op)) {
         if (op->type == OP_RLIMIT && (err = set_rlimit(op->a, limit_value(op->b, op->d), limit_value(op->c, op->d))) < 0) fail(STEP_RLIMITS, err, i);
-        if (op->type == OP_IDS && (err = become(op->a, op->b)) < 0) fail(STEP_IDENTITY, err, i);
+        if (op->type == OP_IDS && (err = become(op)) < 0) fail(STEP_IDENTITY, err, i);
+        if ((op->type == OP_LANDLOCK || op->type == OP_WRITABLE) && (err = landlock_prepare(op)) < 0) fail(STEP_LANDLOCK, err, i);
         if (op->type == OP_FILTER) filter_op = op, filter = i;
     }
     if ((err = capabilities_set(0)) < 0) fail(STEP_CAPABILITIES, err, 0);
     if ((err = sys_prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) < 0) fail(STEP_CAPABILITIES, err, 0);
     if (filter_op && (err = load_filter(filter_op)) < 0) fail(STEP_FILTER, err, filter);
+    return filter_op && filter_op->b ? (int)err : -1;
 }
 
 // ---------------------------------------------------------------- RUN
@@ -187,12 +196,14 @@ void runner_main(const struct shape *shape, int pair, int control, int init_pidf
     sys_close_range(FD_FREE, ~0u);
     if (sys_read(FD_PAIR, &made, sizeof made) != sizeof made) fail(STEP_MOUNTS, -EPIPE, 0);
     if (made.kind != KIND_READY) fail(made.step, -made.error, made.op);
-    enter(shape);
+    int listener = enter(shape);
     sys_close(FD_INIT);
-    report(KIND_READY, STEP_NONE, 0, 0);
+    report_fd(KIND_READY, STEP_NONE, 0, 0, listener);
+    if (listener >= 0) sys_close(listener);  // the daemon's alone: whoever holds it answers for the tool
 
     receive(&run);
     if (run.head.flags & RUN_ATTACH) attach(&run);
+    if ((err = landlock_enter(run.attach)) < 0) fail(STEP_LANDLOCK, err, 0);
     if ((err = SYS1(__NR_chdir, run.cwd)) < 0) fail(STEP_WORKING_DIRECTORY, err, 0);
     SYS1(__NR_umask, run.head.umask);
     if (run.head.nproc && (err = set_rlimit(RLIMIT_NPROC_, run.head.nproc, run.head.nproc)) < 0) fail(STEP_RLIMITS, err, 0);
@@ -200,7 +211,7 @@ void runner_main(const struct shape *shape, int pair, int control, int init_pidf
     else
         for (int i = 0; i < 3; i++)
             if ((err = sys_dup3(run.fds[i], i, 0)) < 0) fail(STEP_STDIO, err, 0);
-    sys_close_range(FD_FREE, ~0u);
+    sys_close_range(FD_RULES, ~0u);
     report(KIND_STARTED, STEP_NONE, 0, 0);
     fail(STEP_EXEC, execute(&run), 0);
 }

@@ -13,7 +13,7 @@
 #include "plan.h"
 
 // Close-on-exec descriptors with fixed numbers, so that "close everything else" is one close_range().
-enum { FD_CONTROL = 3, FD_LIFE = 4, FD_PAIR = 5, FD_INIT = 6, FD_FREE = 7 };
+enum { FD_CONTROL = 3, FD_LIFE = 4, FD_PAIR = 5, FD_INIT = 6, FD_RULES = 7, FD_FREE = 8 };
 
 struct failure { uint32_t step, op; int error; };
 
@@ -38,7 +38,13 @@ __attribute__((noreturn)) void init_main(const struct shape *shape, int pair);
 // runner.c
 __attribute__((noreturn)) void runner_main(const struct shape *shape, int pair, int control, int init_pidfd);
 
+// landlock.c
+long landlock_prepare(const struct plan_op *op);
+long landlock_enter(const char *workspace);
+
 // rights.c
+long securebits_lock(void);
+void keyring_seal(void);
 long bounding_drop_all(void);
 long capabilities_set(uint64_t mask);
 void signals_default(void);

@@ -20,6 +20,16 @@ static long enter_root(int mount_fd) {
     return SYS1(__NR_chdir, "/proc");
 }
 
+// Inherited by every process of every slot; written while the host's /proc is still there.
+static long set_oom_score(uint32_t score) {
+    char text[24], *end = str_add_u64(text, text + sizeof text, score);
+    long fd = sys_openat(AT_FDCWD, "/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC, 0);
+    if (fd < 0) return fd;
+    long n = sys_write((int)fd, text, (size_t)(end - text));
+    sys_close((int)fd);
+    return n;
+}
+
 static long leave_host(void) {
     long err;
     if ((err = SYS2(__NR_pivot_root, ".", ".")) < 0) return err;
@@ -30,7 +40,10 @@ static long leave_host(void) {
 static long execute(const struct plan_op *op, const int *fds) {
     const char *path = op_text(op);
     switch (op->type) {
-    case OP_ROOT: return enter_root(fds[op->a]);
+    case OP_ROOT: {
+        long err = set_oom_score(op->b);
+        return err < 0 ? err : enter_root(fds[op->a]);
+    }
     case OP_MOVE: return attach(fds[op->a], path);
     case OP_BIND: return SYS5(__NR_mount, path, text_next(path), NULL, MS_BIND, NULL);
     case OP_SETATTR: {

@@ -3,6 +3,7 @@
 //
 //   descriptors at start: 3 the daemon's socket (SEQPACKET), 4 the read end of the daemon's life pipe
 #include "slot.h"
+#include <linux/prctl.h>
 #include <linux/sched.h>
 
 enum { SIGKILL_ = 9, SIGCHLD_ = 17 };
@@ -99,8 +100,12 @@ static void make_slot(size_t len, const int *fds, unsigned nfds) {
     if (err < 0) return why.error = (int)-err, answer(&why, 0, 0, 0, NULL, 0);
 
     why.step = STEP_CLONE_INIT;
-    init = spawn(shape.namespaces & ~(uint64_t)CLONE_NEWCGROUP, leaf, &how, &pidfds[0], &err);
-    if (init == 0) init_main(&shape, pair[1]);
+    // Whoever makes a user namespace owns it, and pays for what the kernel counts by user (inotify, queues, signals): the
+    // tenant, not root. Our capabilities stay: SECBIT_NO_SETUID_FIXUP.
+    err = SYS3(__NR_setresuid, -1, slot->nmaps ? maps[0].outside : 0, -1);
+    if (err >= 0) init = spawn(shape.namespaces & ~(uint64_t)CLONE_NEWCGROUP, leaf, &how, &pidfds[0], &err);
+    if (init == 0 && err >= 0) init_main(&shape, pair[1]);
+    if (SYS3(__NR_setresuid, -1, 0, -1) < 0) sys_exit(1);
     if (err >= 0) why.step = STEP_ID_MAP, err = write_maps(init, maps, slot->nmaps);
     if (err >= 0) why.step = STEP_CLONE_RUNNER, err = SYS2(__NR_setns, pidfds[0], CLONE_NEWPID);
     if (err >= 0) {
@@ -162,6 +167,8 @@ static void serve(size_t len, const int *fds, unsigned nfds) {
 int program(int argc, char **argv, char **envp) {
     (void)argc, (void)argv, (void)envp;
     signals_default();
+    keyring_seal();
+    sys_prctl(PR_SET_SECUREBITS, 0x4 /* SECBIT_NO_SETUID_FIXUP */, 0, 0, 0);
     sys_close_range(FD_PAIR, ~0u);
     for (;;) {
         int fds[MAX_FDS];

@@ -49,7 +49,7 @@ def find(ops: list[bytes], *kinds: int) -> int:
 def spoil_plan(rng: random.Random, plan: bytes, nfds: int) -> tuple[str, bytes]:
     """A plan that must be refused, and what is wrong with it."""
     ops = split_ops(plan)
-    texts = [number for number, op in enumerate(ops) if kind(op) not in (OP_ROOT, OP_IDS, OP_FILTER, 20, 32)]
+    texts = [number for number, op in enumerate(ops) if kind(op) not in (OP_ROOT, OP_IDS, OP_FILTER, 20, 32, 35)]
     number = rng.randrange(len(ops))
     what = rng.choice(SPOILS)
     if what == "truncated":
@@ -62,7 +62,7 @@ def spoil_plan(rng: random.Random, plan: bytes, nfds: int) -> tuple[str, bytes]:
         size = rng.choice([0, 1, 8, 16, 23, len(ops[number]) + 4, 2**31, 2**32 - 8, 2**32 - 1, rng.randrange(2**16, 2**32)])
         ops[number] = put(ops[number], 4, size)
     elif what == "type":
-        ops[number] = put(ops[number], 0, rng.choice([0, 5, 15, 23, 31, 35, 255, 256, 2**16 + 1, 2**32 - 1]))
+        ops[number] = put(ops[number], 0, rng.choice([0, 5, 15, 23, 31, 37, 255, 256, 2**16 + 1, 2**32 - 1]))
     elif what == "unterminated":
         number = rng.choice(texts)
         ops[number] = ops[number][:24] + bytes(b or 1 for b in ops[number][24:])
@@ -77,6 +77,9 @@ def spoil_plan(rng: random.Random, plan: bytes, nfds: int) -> tuple[str, bytes]:
     elif what == "root's ids":
         number = find(ops, OP_IDS)
         ops[number] = put(ops[number], 8, 0)
+    elif what == "groups":
+        number = find(ops, OP_IDS)
+        ops[number] = put(ops[number], 16, rng.choice([(len(ops[number]) - 24) // 4 + 1, 33, 2**30, 2**31, 2**32 - 1]))
     elif what == "no root":
         del ops[find(ops, OP_ROOT)]
     elif what == "two roots":
@@ -95,7 +98,7 @@ def spoil_plan(rng: random.Random, plan: bytes, nfds: int) -> tuple[str, bytes]:
 
 
 SPOILS = (
-    "truncated", "longer", "count", "size", "type", "unterminated", "fd", "filter", "no ids", "root's ids", "no root",
+    "truncated", "longer", "count", "size", "type", "unterminated", "fd", "filter", "no ids", "root's ids", "groups", "no root",
     "two roots", "late root", "namespaces",
 )  # fmt: skip
 

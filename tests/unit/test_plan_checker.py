@@ -35,6 +35,8 @@ int main(void) {
                 for (unsigned k = 0; k < sizeof op_strings / sizeof *op_strings; k++)
                     if (op_strings[k].type == op->type)
                         for (unsigned s = op_strings[k].strings; s; s--) seen += str_len(text), text = text_next(text);
+                if (op->type == OP_IDS)
+                    for (uint32_t b = 0; b < op->c * 4; b++) seen += (unsigned char)op_text(op)[b];
                 if (op->type == OP_FILTER)
                     for (uint32_t b = 0; b < op->a * 8; b++) seen += (unsigned char)op_text(op)[b];
             }
@@ -53,7 +55,10 @@ def model_plan() -> bytes:
         pack_op(Op.ROOT), pack_op(Op.MOVE, b"usr", a=1), pack_op(Op.BIND, b"a", b"b"), pack_op(Op.SETATTR, b".", a=3),
         pack_op(Op.MOUNT, b"proc", b"/proc", b"", a=14), pack_op(Op.MKDIR, b"/tmp", a=0o1777),
         pack_op(Op.SLOT_BIND, b"/s", b"/tmp"),
-        pack_op(Op.HOSTNAME, b"sandbox"), pack_op(Op.LOOPBACK), pack_op(Op.RLIMIT, a=4), pack_op(Op.IDS, a=1000, b=1000),
+        pack_op(Op.HOSTNAME, b"sandbox"), pack_op(Op.LOOPBACK), pack_op(Op.RLIMIT, a=4),
+        pack_op(Op.MASK, b"/proc/keys"), pack_op(Op.READ_ONLY, b"/proc/sys"), pack_op(Op.LANDLOCK, a=2),
+        pack_op(Op.WRITABLE, b"/tmp"),
+        pack_op(Op.IDS, a=1000, b=1000, c=3, blob=bytes(12)),
         pack_op(Op.FILTER, a=3, blob=bytes(range(24))),
     ]  # fmt: skip
     return plan_module.pack_shape(0x7E020000, ops, 2)

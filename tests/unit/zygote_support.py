@@ -31,6 +31,7 @@ from agentrun_shim.plan import (
     unpack_done,
     unpack_event,
 )
+from agentrun_shim.seccomp import default_filter
 
 MAPS = [(False, 0, 300_000, 65536), (True, 0, 300_000, 65536)]
 PATIENCE = 10.0
@@ -163,7 +164,7 @@ def host_plan() -> Iterator[tuple[bytes, RootFs]]:
     """The default policy's plan, and mounts for one zygote."""
     root = open_host_root()
     try:
-        yield plan_shape(shape_of(DEFAULT), root), root
+        yield plan_shape(shape_of(DEFAULT), root, default_filter(), notify=False), root
     finally:
         root.close()
 
