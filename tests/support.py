@@ -167,7 +167,7 @@ class Daemon:
         notify.bind(str(directory / "notify"))
         notify.settimeout(PATIENCE)
         command = [BIN / "agentrun-cli", "daemon", "--name", self.name, "--socket", self.socket]
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--config", directory / "config.toml", *args], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self.env | {"NOTIFY_SOCKET": str(directory / "notify"), "DAEMON_SECRET": "hunter2"},
@@ -187,6 +187,12 @@ class Daemon:
 
     def log(self) -> str:
         return self._log.read_text()
+
+    def take_log(self) -> str:
+        """What it has logged since; what is not taken, ``stop`` takes for a fault."""
+        said = self.log()
+        os.truncate(self._log, 0)
+        return said
 
     def exec(self, *args: str, **options) -> subprocess.CompletedProcess:
         """``agentrun exec`` and its end."""

@@ -6,20 +6,28 @@ import errno
 import os
 import select
 import signal
+from collections.abc import Sequence
 from time import monotonic
 
 import trio
 
+from agentrun import denials
 from agentrun.cgroup.leaf import LeafStats
 from agentrun.deadlines import Deadlines
+from agentrun.egress.ledger import Denial
 from agentrun.errors import HostError, SandboxError, UsageError
 from agentrun.request import Request
 from agentrun.slot import Slot
 from agentrun.stdio import Stdio
-from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+from agentrun.types import Denied, Outcome, Result, Timings, Usage, Verdict
 from agentrun.zygote import step_name
 from agentrun_shim.plan import Event, PlanError, RunFlag, Step, pack_run
 
+_KILLED_BY_FILTER = Verdict(
+    reason="syscall",
+    message="killed for a system call that its seccomp profile answers with death",
+    advice="a 32-bit program, or one that needs another policy",
+)
 _NOT_FOUND = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -33,17 +41,16 @@ class SlotDied(HostError):
 class Call:
     """A tool call from lease to result."""
 
-    def __init__(self, request: Request, stdio: Stdio, mount_fd: int, nproc: int) -> None:
+    def __init__(self, request: Request, stdio: Stdio, mount_fd: int) -> None:
         self.request = request
         self.stdio = stdio
         self.slot: Slot | None = None
         self.started = monotonic()
         self.queued = self.leased = self.dispatched = 0.0
         self.warm = False
-        self.unenforced: tuple[Unenforced, ...] = ()
         self.cancelled = False
         self._signalled = self._timed_out = False
-        self._mount_fd, self._nproc = mount_fd, nproc
+        self._mount_fd = mount_fd
 
     def pack(self) -> tuple[bytes, list[int]]:
         """The RUN message and its descriptors.
@@ -56,10 +63,10 @@ class Call:
         if self._mount_fd >= 0:
             flags |= RunFlag.ATTACH
             fds.append(self._mount_fd)
-        request = self.request
+        request, terms = self.request, self.request.terms
         try:
             message = pack_run(
-                request.argv, request.env, cwd=request.cwd, flags=flags, umask=request.umask, nproc=self._nproc,
+                request.argv, request.env, cwd=request.cwd, flags=flags, umask=terms.policy.process.umask, nproc=terms.nproc,
                 attach=request.workspace_path.encode("utf-8", "surrogateescape"), nfds=len(fds),
             )  # fmt: skip
         except PlanError as error:
@@ -95,14 +102,14 @@ class Call:
         """One line of ``agentrun ps``."""
         argv = [argument.decode("utf-8", "replace") for argument in self.request.argv]
         return {"id": self.slot.id if self.slot else None, "tenant": self.request.tenant, "argv": argv,
-                "seconds": monotonic() - self.started, "policy": self.request.policy.name}  # fmt: skip
+                "seconds": monotonic() - self.started, "policy": self.request.terms.policy.name}  # fmt: skip
 
     def _expire(self) -> None:
         self._timed_out = True
         if self.slot is not None:
             self.slot.leaf.kill()
 
-    async def finish(self, deadlines: Deadlines) -> Result:
+    async def finish(self, deadlines: Deadlines, refusals: denials.Denials) -> Result:
         """Wait for the end, or make it at the deadline; then collect and account.
 
         On cancellation the leaf is killed and waited for before ``trio.Cancelled`` goes on.
@@ -127,17 +134,27 @@ class Call:
         finally:
             if watch is not None:
                 watch.cancel()
-        status, rss = slot.reap()
+        status, rss = slot.reap_nowait() or await slot.reap()
         ended = monotonic()
-        if slot.leftovers():
+        if self.cancelled or self._timed_out or slot.leftovers():
             slot.leaf.kill()
             with trio.CancelScope(shield=True):
                 await slot.wait_dead()
         self.stdio.finish()
-        return self._result(status, ended, slot.leaf.stats(), rss, *slot.report())
+        refused = [_denied_call(call) for call in refusals.take(slot.id)]
+        if slot.network is not None:
+            refused += [_denied_target(target) for target in slot.network.denied()]
+        return self._result(status, ended, slot.leaf.stats(), rss, refused, *slot.report())
 
     def _result(
-        self, status: int, ended: float, stats: LeafStats, rss: int, first_exec: float | None, failed: Event | None
+        self,
+        status: int,
+        ended: float,
+        stats: LeafStats,
+        rss: int,
+        refused: Sequence[Denied],
+        first_exec: float | None,
+        failed: Event | None,
     ) -> Result:
         outcome, exit_code, number, verdict = self._outcome(status, stats, failed)
         if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
@@ -172,7 +189,9 @@ class Call:
             ),
             warm=self.warm,
             verdict=verdict,
-            unenforced=self.unenforced,
+            unenforced=self.request.terms.unenforced,
+            denied=tuple(refused),
+            hint=self.request.hint,
         )
 
     def _outcome(
@@ -191,17 +210,27 @@ class Call:
         if self.cancelled:
             verdict = Verdict(reason="cancelled", message="killed on request", advice="run it again if it is still wanted")
             return Outcome.CANCELLED, None, number, verdict
-        return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, None
+        filtered = _KILLED_BY_FILTER if number == signal.SIGSYS and not self._signalled else None
+        return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, filtered
 
     def _memory_verdict(self, stats: LeafStats) -> Verdict:
         peak = "" if stats.memory_peak is None else f"; this call's peak was {stats.memory_peak} bytes"
         if stats.ooms:
-            message = f"killed at its memory limit, {self.request.policy.limits.memory_max} bytes{peak}"
+            message = f"killed at its memory limit, {self.request.terms.policy.limits.memory_max} bytes{peak}"
             advice = "ask for more memory, or do the work in smaller pieces (fewer parallel jobs, part of the data)"
         else:
             message = f"killed because the tenant's memory budget, or the host's memory, ran out{peak}"
             advice = "run fewer calls at once; this one may not be the one that used the most"
         return Verdict(reason="memory", message=message, advice=advice)
+
+
+def _denied_call(call: denials.Denied) -> Denied:
+    reason = "logged" if call.errno is None else errno.errorcode.get(call.errno, str(call.errno))
+    return Denied(kind="syscall", what=call.syscall, reason=reason, count=call.count)
+
+
+def _denied_target(target: Denial) -> Denied:
+    return Denied(kind="network", what=target.target, reason=target.reason, count=target.count)
 
 
 async def _wait_exit(pidfd: int, stdio: Stdio) -> None:

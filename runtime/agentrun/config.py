@@ -9,8 +9,9 @@ import msgspec
 
 from agentrun.errors import UsageError
 from agentrun.executor import ExecutorConfig
-from agentrun.policy import Limits, parse_size
+from agentrun.policy import Limits
 from agentrun.request import check_tenant
+from agentrun.units import parse_size
 
 DEFAULT_PATH = Path("/etc/agentrun/config.toml")
 DEFAULT_SOCKET = "/run/agentrun/agentrun.sock"
@@ -38,6 +39,7 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_running: Annotated[int, msgspec.Meta(ge=1)] = 64
     max_queued: Annotated[int, msgspec.Meta(ge=0)] = 1024
     pool_least: Annotated[int, msgspec.Meta(ge=0)] = 4
+    """Warm sandboxes kept for the default policy and tenant; other pairs that are in use keep at most one."""
     pool_most: Annotated[int, msgspec.Meta(ge=1)] = 32
     tenants: dict[str, TenantConfig] = {}
 
@@ -68,7 +70,7 @@ def load_config(path: Path | None) -> DaemonConfig:
 def executor_config(config: DaemonConfig, name: str) -> ExecutorConfig:
     """What the daemon's executor is opened with."""
     return ExecutorConfig(
-        name=name, max_running=config.max_running, max_queued=config.max_queued, pool_least=config.pool_least,
+        name=name, max_running=config.max_running, max_queued=config.max_queued, pool_least=min(1, config.pool_least),
         pool_most=config.pool_most, tenant_limits={name: _budget(name, tenant) for name, tenant in config.tenants.items()},
     )  # fmt: skip
 

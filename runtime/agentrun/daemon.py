@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import struct
 from collections.abc import Sequence
 from time import monotonic, time
@@ -22,7 +23,9 @@ import trio
 from agentrun.config import DaemonConfig
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor
-from agentrun.policy import Policy, find_policy, parse_net, parse_number, parse_size
+from agentrun.hints import with_memory
+from agentrun.policy import Policy, parse_net
+from agentrun.policystore import SUFFIX
 from agentrun.protocol import (
     Exec,
     Kill,
@@ -40,8 +43,9 @@ from agentrun.protocol import (
 )  # fmt: skip
 from agentrun.request import Request
 from agentrun.running import Running
-from agentrun.stdio import Stdio, own_pipe
+from agentrun.stdio import NULL, Output, Stdio, check_stream, own_pipe
 from agentrun.types import Result
+from agentrun.units import parse_number, parse_size
 
 FIRST_FRAME_SECONDS = 10.0
 """A client that connects and says nothing is let go."""
@@ -115,8 +119,7 @@ class Daemon:
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
         named: dict[str, int] = dict(zip(request.fds, fds, strict=True))
         resolved = self._resolve(request, named.get("workspace", -1), _peer(sock))
-        owner = self._executor.owner(resolved.tenant)
-        stdio = self._stdio(request, named, owner)
+        stdio = self._stdio(request, named, resolved.terms.owner)
         running = Running()
         result: Result | None = None
         try:
@@ -163,14 +166,23 @@ class Daemon:
         _, uid, gid = peer
         return self._executor.resolve(
             request.argv,
-            policy=apply_options(find_policy(options.policy), options),
+            policy=apply_options(self._policy(options.policy, uid), options),
             tenant=self._tenant(options.tenant, uid),
             workspace_fd=workspace_fd,
             workspace_mode=options.workspace,
             cwd=options.cwd,
             env=request.env,
+            hint=options.hint,
             caller=(uid, gid),
         )
+
+    def _policy(self, name: str, uid: int) -> Policy:
+        """A policy by name; by path only for root, because it is read with the daemon's rights."""
+        if uid != 0 and ("/" in name or name.endswith(SUFFIX)):
+            raise UsageError(f"policy: only root may name a file ({name}); a policy in /etc/agentrun/policies has a name")
+        if not self._private and ("/" in name or name.endswith(SUFFIX)) and not name.startswith("/"):
+            raise UsageError(f"policy: {name} is a relative path, and the daemon is somewhere else; give the whole path")
+        return self._executor.policies.find(name)
 
     def _tenant(self, named: str | None, uid: int) -> str:
         """Root calls for any tenant; others for their own, ``uid-<number>``, and for those that list them."""
@@ -187,13 +199,13 @@ class Daemon:
     def _stdio(self, request: Exec, named: dict[str, int], owner: tuple[int, int]) -> Stdio:
         if "console" in named:
             return Stdio.for_terminal(named["console"])
-        null = self._executor.null_fd
-        default = None if request.options.capture else null
+        default: Output = None if request.options.capture else NULL
         stdin, stdout, stderr = named.get("stdin"), named.get("stdout", default), named.get("stderr", default)
-        for fd in (stdin, stdout, stderr):
-            if fd is not None and fd != null:
+        for name, fd in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            if isinstance(fd, int):
+                check_stream(name, fd)
                 own_pipe(fd, owner)
-        return Stdio.for_run(stdin, stdout, stderr, owner, self._executor.config.capture_limit, null)
+        return Stdio.for_run(stdin, stdout, stderr, owner, self._executor.config.capture_limit)
 
     def _ask(self, request: Status | Ps | Stats | Kill, uid: int) -> object:
         executor = self._executor
@@ -225,8 +237,9 @@ def apply_options(policy: Policy, options: Options) -> Policy:
     """
     changes: dict[str, object] = {}
     limits: dict[str, object] = {}
+    given = {"memory.max": options.memory, "cpu.max": options.cpus, "pids.max": options.pids}
     if options.memory is not None:
-        limits["memory_max"] = parse_size(options.memory, "--memory")
+        policy = msgspec.structs.replace(policy, limits=with_memory(policy.limits, parse_size(options.memory, "--memory")))
     if options.cpus is not None:
         limits["cpus"] = parse_number(options.cpus, "--cpus", least=0.01, most=4096)
     if options.pids is not None:
@@ -237,9 +250,11 @@ def apply_options(policy: Policy, options: Options) -> Policy:
         changes["net"] = parse_net(options.net)
     if options.best_effort:
         changes["best_effort"] = True
+    elif insist := tuple(name for name, value in given.items() if value is not None):
+        changes["insist"] = insist
     if limits:
         changes["limits"] = msgspec.structs.replace(policy.limits, **limits)
-    return msgspec.structs.replace(policy, **changes)
+    return msgspec.structs.replace(policy, **changes) if changes else policy
 
 
 def open_listener(path: str, group: int | None) -> trio.socket.SocketType:
@@ -248,10 +263,14 @@ def open_listener(path: str, group: int | None) -> trio.socket.SocketType:
     Raises:
         UsageError: the path cannot be used, or a daemon answers there.
     """
+    if not path:
+        raise UsageError("socket: the path is empty")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise UsageError(f"socket {path}: there is something else at that path, which is left alone")
             if _answers(path):
                 raise UsageError(f"socket {path}: a daemon answers there already")
             os.unlink(path)

@@ -21,6 +21,9 @@ from agentrun.shape import ID_RANGE, plan_shape, shape_of
 from agentrun.slot import build_slot
 from agentrun.workspace import clone_mount
 from agentrun.zygote import Zygote
+from agentrun_shim import landlock
+from agentrun_shim.seccomp import compile_profile, default_profile
+from agentrun_shim.seccomp_profile import ProfileError
 
 _ID_BASE = 0x6FFF0000
 
@@ -55,7 +58,7 @@ async def examine(socket_path: str) -> Report:
         except AgentrunError as error:
             usable = False
             findings.append(Finding("sandbox", "missing", str(error), 'see docs/design.md, "What the host must give"'))
-    return Report(usable, [*findings, _descriptors(), _daemon(socket_path), _bpf()])
+    return Report(usable, [*findings, _landlock(), _descriptors(), _daemon(socket_path), _bpf()])
 
 
 def _root() -> list[Finding]:
@@ -113,7 +116,13 @@ async def _sandbox() -> AsyncIterator[Finding]:
             root = rootfs.open_host_root()
             try:
                 yield Finding("mount API", "works", f"{len(root.fds)} detached mounts make the image")
-                zygote = await Zygote.start(plan_shape(shape_of(DEFAULT), root), root.fds, read, nursery)
+                program = compile_profile(default_profile(), notify=True)
+                yield Finding("seccomp profiles", "works", f"the default one has {len(program) // 8} instructions")
+                plan = plan_shape(shape_of(DEFAULT), root, program, notify=True)
+                zygote = Zygote.spawn(read, nursery)
+                await zygote.shape(plan, root.fds)
+            except (OSError, ProfileError) as error:
+                raise HostError(f"seccomp: {error}") from error
             finally:
                 root.close()
             try:
@@ -134,11 +143,13 @@ async def _clone(zygote: Zygote, tree: Tree, use_clone3: bool) -> Finding:
     begun = monotonic()
     slot = await build_slot(zygote, tree, "doctor", f"{use_clone3:d}", {}, maps, use_clone3=use_clone3)
     took = (monotonic() - begun) * 1e3
-    direct = slot.used_clone3
+    direct, told = slot.used_clone3, slot.listener >= 0
     await slot.dispose()
     if not use_clone3:
         return Finding("fallback without clone3", "works", f"built and removed in {took:.1f} ms")
-    detail = f"seven namespaces, seccomp, leaf: built in {took:.1f} ms"
+    walls = ["seven namespaces", "seccomp", *(["refused calls are told"] if told else [])]
+    walls += [f"Landlock {landlock.version()}"] if landlock.version() else []
+    detail = f"{', '.join(walls)}, leaf: built in {took:.1f} ms"
     if direct:
         return Finding("sandbox", "works", detail)
     return Finding("sandbox", "degraded", f"{detail}; clone3 is refused here", "let the outer seccomp profile allow clone3")
@@ -157,10 +168,20 @@ async def _idmap(zygote: Zygote) -> Finding:
     return Finding("writable workspaces", "works", f"owners are mapped, tried below {tempfile.gettempdir()}")
 
 
+def _landlock() -> Finding:
+    abi = landlock.version()
+    if abi >= 3:
+        return Finding("Landlock", "works", f"version {abi}")
+    fix = "a kernel with Landlock, and no lsm= on its command line that leaves it out"
+    if abi:
+        return Finding("Landlock", "degraded", f"version {abi} does not hold truncate(2)", "Linux 6.2")
+    return Finding("Landlock", "missing", "the first wall, mounts and ids, stands alone", fix)
+
+
 def _descriptors() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard >= 4096:
-        return Finding("descriptors", "works", f"soft {soft}, hard {hard}; a warm sandbox takes four")
+        return Finding("descriptors", "works", f"soft {soft}, hard {hard}; a warm sandbox takes six or seven")
     return Finding("descriptors", "degraded", f"hard limit {hard}", "raise LimitNOFILE")
 
 
@@ -170,6 +191,8 @@ def _daemon(path: str) -> Finding:
             sock.connect(path)
         except OSError as error:
             fix = "systemctl start agentrun, or `agentrun daemon &`"
+            if "AGENTRUN_SOCKET" in os.environ:
+                return Finding("daemon", "missing", f"{path} ($AGENTRUN_SOCKET): {error.strerror}", f"{fix}, or exec --no-daemon")
             return Finding("daemon", "degraded", f"{path}: {error.strerror}; each exec starts a private runtime (slow)", fix)
     return Finding("daemon", "works", path)
 

@@ -29,17 +29,18 @@ from agentrun.cgroup.tree import Tree, find_base, remove_stale
 from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
-from agentrun.policy import DEFAULT, Policy, find_policy
-from agentrun.pool import Pool, PoolStats
-from agentrun.request import Request, Text, check_enforced, check_tenant, encode_argv, encode_env
+from agentrun.hints import apply_hint
+from agentrun.policy import Policy
+from agentrun.policystore import PolicyStore
+from agentrun.pool import PoolStats
+from agentrun.request import Request, Text, check_tenant, encode_argv
 from agentrun.running import Running
 from agentrun.stdio import PIPE, Input, Kits, Output, Stdio
-from agentrun.types import Result, Unenforced
-from agentrun.workspace import Workspace, open_directory, real_path
+from agentrun.terms import TermsBook
+from agentrun.types import Result
+from agentrun.workspace import Workspace, as_path, check_mode, open_directory, real_path
 
 _HOME = rootfs.HOME.encode()
-_TERMS_KEPT = 1024
-"""Pairs of policy and tenant whose terms are remembered."""
 
 
 class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
@@ -67,18 +68,6 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
     pools: dict[str, PoolStats]
 
 
-class _Terms(msgspec.Struct, frozen=True):
-    """What a policy comes to for one tenant on this host: worked out on the first call, looked up on the others."""
-
-    policy: Policy
-    pool: Pool
-    files: Mapping[str, str] | None
-    """Control files in which the leaf differs from the pool's."""
-    unenforced: tuple[Unenforced, ...]
-    nproc: int
-    """RLIMIT_NPROC; 0 leaves the pool's."""
-
-
 class Executor:
     """Runs tool calls. Made by ``open_executor``."""
 
@@ -88,19 +77,19 @@ class Executor:
         self._fleet = fleet
         self._deadlines = Deadlines()
         self._calls: dict[str, Call] = {}
-        self._known_terms: dict[tuple[int, str], _Terms] = {}
+        self.policies = PolicyStore()
+        self._terms = TermsBook(tree, fleet)
         self._queue = trio.lowlevel.ParkingLot()
         self._running = self._completed = self._refused = 0
         self._closing = False
         self._none_runs = trio.Event()
         self._kits = Kits()
-        self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     async def run(
         self,
         argv: Sequence[Text],
         *,
-        policy: Policy | str = DEFAULT,
+        policy: Policy | str = "default",
         tenant: str = "default",
         workspace: Workspace | str | None = None,
         cwd: str | None = None,
@@ -109,6 +98,7 @@ class Executor:
         stdout: int | None = None,
         stderr: int | None = None,
         timeout: float | None = None,
+        hint: str | None = None,
     ) -> Result:
         """Run one command in a fresh sandbox and wait for it.
 
@@ -120,6 +110,7 @@ class Executor:
             stdin: bytes to read, a descriptor, or nothing (/dev/null).
             stdout, stderr: a descriptor to write to; else captured, up to ``capture_limit`` bytes each.
             timeout: seconds, instead of the policy's.
+            hint: the memory the call will need, such as ``memory:high`` or ``memory:4g``; see ``agentrun.hints``.
 
         Cancelling it kills the call's leaf, waits for it, and goes on cancelling.
 
@@ -133,9 +124,9 @@ class Executor:
         try:
             request = self.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
-                env=env, timeout=timeout,
+                env=env, timeout=timeout, hint=hint,
             )  # fmt: skip
-            stdio = self._stdio(stdin, stdout, stderr, tenant)
+            stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
                 return await self.perform(request, stdio, begun=begun)
             finally:
@@ -153,11 +144,10 @@ class Executor:
         Leaving the block kills what still runs; ``await call.wait()`` first for the result.
         """
         workspace: Workspace | str | None = options.pop("workspace", None)
-        tenant: str = options.get("tenant", "default")
         directory, mode = self._open(workspace)
         try:
             request = self.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
-            stdio = self._stdio(stdin, stdout, stderr, tenant)
+            stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
                 async with trio.open_nursery() as nursery:
                     running = Running()
@@ -177,13 +167,14 @@ class Executor:
         self,
         argv: Sequence[Text],
         *,
-        policy: Policy | str = DEFAULT,
+        policy: Policy | str = "default",
         tenant: str = "default",
         workspace_fd: int = -1,
         workspace_mode: str = "rw",
         cwd: str | None = None,
         env: Mapping[str, str] | Sequence[bytes] | None = None,
         timeout: float | None = None,
+        hint: str | None = None,
         caller: tuple[int, int] | None = None,
     ) -> Request:
         """Check a request and fill in its defaults.
@@ -191,21 +182,29 @@ class Executor:
         Raises:
             UsageError: something in it cannot be.
         """
-        rules = find_policy(policy) if isinstance(policy, str) else policy
+        if self._closing:
+            raise HostError("the executor is closing")
+        rules = self.policies.find(policy) if isinstance(policy, str) else policy
+        asked = None
+        if hint:
+            rules, asked = apply_hint(rules, hint, self._fleet.budget(tenant).memory_max)
         if timeout is None:
             timeout = rules.timeout
-        elif not timeout > 0:
+        elif not isinstance(timeout, (int, float)) or not timeout > 0:
             raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
+        terms = self._terms.find(rules, check_tenant(tenant), hinted=asked is not None)
         path = ""
         if workspace_fd >= 0:
+            workspace_mode = check_mode(workspace_mode, rules.fs.workspace, rules.name)
             path, caller = real_path(workspace_fd), caller or (os.geteuid(), os.getegid())
         return Request(
             argv=encode_argv(argv),
-            env=encode_env(env),
-            cwd=os.fsencode(cwd or path) or _HOME,
-            policy=rules,
+            env=terms.environment(env),
+            cwd=os.path.join(os.fsencode(path) or _HOME, os.fsencode(cwd or "")).rstrip(b"/") or b"/",
+            terms=terms,
             timeout=timeout,
-            tenant=check_tenant(tenant),
+            tenant=tenant,
+            hint=asked,
             workspace_fd=workspace_fd,
             workspace_path=path,
             workspace_mode="ro" if workspace_mode == "ro" else "rw",
@@ -223,34 +222,27 @@ class Executor:
             await self._wait_turn()
         try:
             queued = monotonic()
-            terms = self._terms(request.policy, request.tenant)
-            mount_fd = -1 if request.workspace_fd < 0 else await self._fleet.mount_workspace(request)
+            self._fleet.denials.running = self._running
+            mount_fd = -1 if request.workspace_fd < 0 else await self._mount(request)
             try:
-                call = Call(request, stdio, mount_fd, terms.nproc)
-                call.started, call.queued, call.unenforced = started, queued, terms.unenforced
-                return await self._in_slot(call, terms, running)
+                call = Call(request, stdio, mount_fd)
+                call.started, call.queued = started, queued
+                return await self._in_slot(call, running)
             finally:
                 if mount_fd >= 0:
                     os.close(mount_fd)
         finally:
             self._leave_queue()
 
-    def _terms(self, policy: Policy, tenant: str) -> _Terms:
-        # By identity: hashing a policy takes longer than all the rest. The entry holds the policy, so its id stays its own.
-        terms = self._known_terms.get((id(policy), tenant))
-        if terms is None:
-            files, missing = self.tree.plan(policy.limits)
-            check_enforced(missing, policy, DEFAULT)
-            own = None if policy.limits == DEFAULT.limits else files
-            nproc = 0 if policy.limits.pids_max == DEFAULT.limits.pids_max else policy.limits.pids_max or 0
-            terms = _Terms(policy, self._fleet.pool(tenant, policy), own, missing, nproc)
-            if len(self._known_terms) >= _TERMS_KEPT:
-                self._known_terms.clear()
-            self._known_terms[id(policy), tenant] = terms
-        return terms
+    async def _mount(self, request: Request) -> int:
+        return await self._fleet.mount_workspace(
+            request.workspace_fd, request.workspace_path, request.workspace_mode,
+            owner=request.terms.owner, caller=request.caller,
+        )  # fmt: skip
 
-    async def _in_slot(self, call: Call, terms: _Terms, running: Running | None) -> Result:
+    async def _in_slot(self, call: Call, running: Running | None) -> Result:
         message, fds = call.pack()
+        terms = call.request.terms
         pool = terms.pool
         while True:
             slot, call.warm = await pool.lease()
@@ -266,7 +258,7 @@ class Executor:
                 if running is not None:
                     running.started(call)
                 try:
-                    return await call.finish(self._deadlines)
+                    return await call.finish(self._deadlines, self._fleet.denials)
                 except SlotDied:
                     if running is not None:
                         raise  # its descriptors are not ours any more
@@ -290,20 +282,17 @@ class Executor:
         self._completed += 1
         if not self._queue.unpark():
             self._running -= 1
+            self._fleet.denials.running = self._running
             if self._running == 0:
                 self._none_runs.set()
 
-    def owner(self, tenant: str) -> tuple[int, int]:
-        """The tool's uid and gid as the host sees them."""
-        return self._fleet.owner(tenant)
-
-    async def warm_up(self, policy: Policy | str = DEFAULT, tenant: str = "default", count: int = 1) -> None:
+    async def warm_up(self, policy: Policy | str = "default", tenant: str = "default", count: int = 1) -> None:
         """Have ``count`` warm slots ready for calls of this policy and tenant, and keep as many from here on.
 
         Raises:
             HostError: they could not be built.
         """
-        rules = find_policy(policy) if isinstance(policy, str) else policy
+        rules = self.policies.find(policy) if isinstance(policy, str) else policy
         await self._fleet.pool(check_tenant(tenant), rules).fill(count)
 
     def calls(self) -> dict[str, Call]:
@@ -324,7 +313,6 @@ class Executor:
     async def _close(self) -> None:
         self._closing = True
         self._none_runs = trio.Event()
-        os.close(self.null_fd)
         for call in self._calls.values():
             call.kill()
         if self._running:
@@ -332,14 +320,14 @@ class Executor:
         await self._fleet.aclose()
         self._kits.close()
 
-    def _stdio(self, stdin: Input, stdout: Output, stderr: Output, tenant: str) -> Stdio:
+    def _stdio(self, stdin: Input, stdout: Output, stderr: Output, owner: tuple[int, int]) -> Stdio:
         bound = self.config.capture_limit
-        return Stdio.for_run(stdin, stdout, stderr, self.owner(tenant), bound, self.null_fd, self._kits)
+        return Stdio.for_run(stdin, stdout, stderr, owner, bound, self._kits)
 
     def _open(self, workspace: Workspace | str | None) -> tuple[int, str]:
         if workspace is None:
             return -1, "rw"
-        chosen = Workspace(workspace) if isinstance(workspace, str) else workspace
+        chosen = workspace if isinstance(workspace, Workspace) else Workspace(as_path(workspace, "workspace"))
         return open_directory(chosen), chosen.mode
 
 
@@ -367,6 +355,7 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                 fleet = Fleet(chosen, tree, nursery, life_read)
                 executor = Executor(chosen, tree, fleet)
                 nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
+                nursery.start_soon(fleet.denials.run, name="agentrun denials")
                 nursery.start_soon(fleet.do_chores, name="agentrun chores")
                 nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
                 try:

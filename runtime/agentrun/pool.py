@@ -22,7 +22,7 @@ PARALLEL_BUILDS = 4
 """The zygote clones one at a time; this many sandboxes may be mounting while it does."""
 DECAY = 10.0
 """Seconds after which a peak of demand is forgotten."""
-UNUSED = 600.0
+UNUSED = 120.0
 """Seconds without a call after which a pool keeps nothing warm."""
 RETRY_MOST = 5.0
 """Longest pause, seconds, between attempts to build for nobody in particular while building fails."""
@@ -168,7 +168,7 @@ class Pool:
     async def _build_one(self) -> None:
         try:
             slot = await self._build()
-        except (AgentrunError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this pool's trouble: other calls go on
             self._failed += 1
             self._pause = min(RETRY_MOST, self._pause * 2 or 0.05)
             self._retry_time = trio.current_time() + self._pause

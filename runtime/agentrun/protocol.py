@@ -34,6 +34,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     cpus: str | None = None
     pids: str | None = None
     net: str | None = None
+    hint: str | None = None
     tenant: str | None = None
     workspace: Literal["rw", "ro"] = "rw"
     best_effort: str = ""

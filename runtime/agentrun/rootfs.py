@@ -10,14 +10,17 @@ cannot be read inside: every host file is owned by nobody there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from agentrun.binds import clone_bind, make_mount_point, set_read_only
 from agentrun.errors import HostError
+from agentrun.policy import Bind
 from agentrun_shim import syscalls as sc
 
 PRIVATE = {"tmp": 0o1777, "home": 0o755}
@@ -31,6 +34,10 @@ DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "ur
 USER, UID, GID, HOME = "tool", 1000, 1000, "/home/tool"
 
 
+NOBODY = ((False, 0xFFFFFFF0, 0x5FFFFFF0, 1), (True, 0xFFFFFFF0, 0x5FFFFFF0, 1))
+"""Maps of a user namespace that has names for nobody: one id that no file has."""
+
+
 class RootFs(msgspec.Struct):
     """Detached mounts ready for a plan. ``fds[0]`` is the root; ``moves`` are (fd index, path below the root)."""
 
@@ -38,6 +45,10 @@ class RootFs(msgspec.Struct):
     moves: list[tuple[int, str]]
     binds: list[tuple[str, str]]
     has_var_tmp: bool
+    attached: set[str] = set()
+    """Top-level directories of the host that are in it."""
+    writable: list[tuple[str, bool]] = []
+    """Absolute paths of writable binds, and whether each is a directory."""
 
     def close(self) -> None:
         """Close the descriptors; the zygote has its own by then."""
@@ -45,22 +56,28 @@ class RootFs(msgspec.Struct):
             os.close(self.fds.pop())
 
 
-def open_host_root(host: str = "/") -> RootFs:
-    """Clone the host's root into detached mounts.
+def open_host_root(
+    host: str = "/", ids: tuple[int, int] = (UID, GID), etc: Mapping[str, bytes] | None = None, nobody: int = -1
+) -> RootFs:
+    """Clone the host's root into detached mounts, with an account for the tool's ``ids`` and other files laid over /etc.
+
+    ``nobody`` is a user namespace with the maps of ``NOBODY``: through it no file has an owner the kernel knows, and it refuses
+    to write to anything there (HAS_UNMAPPED_ID, fs/namei.c), sockets and pipes included, which read-only mounts do not cover.
+    A file system that cannot be mounted so is mounted without.
 
     Raises:
         HostError: a mount call failed; the message names it.
     """
     root = RootFs([], [], [], os.path.isdir(os.path.join(host, "var/tmp")))
     try:
-        _build(root, host)
+        _build(root, host, ids, etc or {}, nobody)
     except OSError as error:
         root.close()
         raise HostError(f"preparing the host's root as an image: {error.filename}: {error.strerror}") from error
     return root
 
 
-def _build(root: RootFs, host: str) -> None:
+def _build(root: RootFs, host: str, ids: tuple[int, int], etc: Mapping[str, bytes], nobody: int) -> None:
     base = sc.new_filesystem("tmpfs", {"size": "64m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
     root.fds.append(base)
     for name in ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", *PRIVATE, *ON_DEMAND):
@@ -72,17 +89,18 @@ def _build(root: RootFs, host: str) -> None:
             os.symlink(os.readlink(entry.path), entry.name, dir_fd=base)
         elif entry.is_dir():
             os.mkdir(entry.name, 0o755, dir_fd=base)
-            _move(root, _clone_read_only(entry.path), entry.name)
+            _move(root, _clone_read_only(entry.path, nobody), entry.name)
+            root.attached.add(entry.name)
     # A fully visible /proc has to be there before a user namespace may mount its own (mount_too_revealing, fs/namespace.c).
     _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
     _build_dev(root, base, host)
-    _build_etc(root, base, host)
+    _build_etc(root, base, host, ids, etc)
 
 
-def _clone_read_only(path: str) -> int:
+def _clone_read_only(path: str, nobody: int) -> int:
     fd = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
     try:
-        sc.mount_setattr(fd, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV, recursive=True)
+        set_read_only(fd, nobody)
     except BaseException:
         os.close(fd)
         raise
@@ -110,19 +128,35 @@ def _dev_links() -> Iterator[tuple[str, str]]:
     yield "shm", f"{SCRATCH}/shm"
 
 
-def _build_etc(root: RootFs, base: int, host: str) -> None:
+def _build_etc(root: RootFs, base: int, host: str, ids: tuple[int, int], etc: Mapping[str, bytes]) -> None:
     """passwd and group with an entry for the tool's user, bound over the host's: git, pip and ssh ask who they are."""
+    uid, gid = ids
     for name in ("run/agentrun", "run/agentrun/etc", SCRATCH[1:]):
         os.mkdir(name, 0o755, dir_fd=base)
     entries = {
-        "passwd": f"{USER}:x:{UID}:{GID}:agentrun tool call:{HOME}:/bin/sh",
-        "group": f"{USER}:x:{GID}:",
+        "passwd": f"{USER}:x:{uid}:{gid}:agentrun tool call:{HOME}:/bin/sh",
+        "group": f"{USER}:x:{gid}:",
     }
     for name, entry in entries.items():
         path = os.path.join(host, "etc", name)
         if os.path.isfile(path):
             _write(base, f"run/agentrun/etc/{name}", _replace_entry(Path(path).read_bytes(), entry.encode()))
             root.binds.append((f"run/agentrun/etc/{name}", f"etc/{name}"))
+    for name, content in etc.items():
+        _lay_over(root, base, os.path.realpath(os.path.join(host, "etc", name)), f"run/agentrun/etc/{name}", content)
+
+
+def _lay_over(root: RootFs, base: int, path: str, own: str, content: bytes) -> None:
+    """Show ``content`` where a file of /etc really is: in /etc, or in /run, which is the sandbox's own, behind a link."""
+    if path.startswith("/etc/") and os.path.isfile(path):
+        _write(base, own, content)
+        root.binds.append((own, path[1:]))
+    elif path.startswith("/run/"):
+        parts = path[1:].split("/")
+        for depth in range(2, len(parts)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir("/".join(parts[:depth]), 0o755, dir_fd=base)
+        _write(base, path[1:], content)
 
 
 def _replace_entry(text: bytes, entry: bytes) -> bytes:
@@ -140,6 +174,22 @@ def _write(base: int, path: str, content: bytes) -> None:
             view = view[os.write(fd, view) :]
     finally:
         os.close(fd)
+
+
+def add_bind(root: RootFs, bind: Bind, source: int, found: os.stat_result, userns_fd: int) -> None:
+    """Show a policy's bind in the root as well.
+
+    Raises:
+        HostError: it cannot be attached where it should.
+    """
+    is_directory = stat.S_ISDIR(found.st_mode)
+    try:
+        make_mount_point(root.fds[0], bind.target, frozenset(root.attached), is_directory=is_directory)
+    except OSError as error:
+        raise HostError(f"fs.binds: making {bind.target}: {error.strerror}") from error
+    _move(root, clone_bind(bind, source, userns_fd), bind.target[1:])
+    if bind.mode == "rw":
+        root.writable.append((bind.target, is_directory))
 
 
 def _move(root: RootFs, fd: int, path: str) -> None:

@@ -13,6 +13,7 @@ import trio
 
 from agentrun.cgroup.leaf import Leaf
 from agentrun.cgroup.tree import Tree
+from agentrun.egress.path import EgressPath
 from agentrun.errors import HostError, SandboxError
 from agentrun.zygote import Cloned, IdMap, Zygote, step_name
 from agentrun_shim.plan import EVENT_SIZE, Event, Kind, unpack_event, unpack_events
@@ -23,7 +24,19 @@ _STARTED = int(Kind.STARTED)
 class Slot:
     """init and runner inside their leaf, waiting. Whoever holds it must end it with ``dispose``."""
 
-    __slots__ = ("_init", "_init_pidfd", "_reaped", "_runner", "control", "id", "leaf", "runner_pidfd", "used_clone3")
+    __slots__ = (
+        "_init",
+        "_init_pidfd",
+        "_reaped",
+        "_runner",
+        "control",
+        "id",
+        "leaf",
+        "listener",
+        "network",
+        "runner_pidfd",
+        "used_clone3",
+    )
 
     def __init__(self, name: str, leaf: Leaf, control: socket.socket, cloned: Cloned) -> None:
         self.id = name
@@ -34,6 +47,15 @@ class Slot:
         self._init, self._init_pidfd = cloned.init, cloned.init_pidfd
         self._runner = cloned.runner
         self._reaped = False
+        self.listener = -1
+        """Where the filter reports what it refuses, if the shape's does: seccomp_unotify(2). Whoever takes it closes it."""
+        self.network: EgressPath | None = None
+        """The way out, where the policy names hosts. Ended with the slot."""
+
+    @property
+    def init(self) -> int:
+        """The pid of the sandbox's init; ours to reap, so nobody else's meanwhile."""
+        return self._init
 
     def send(self, message: bytes, fds: Sequence[int]) -> int:
         """Send RUN with its descriptors; returns how many bytes went out (a long command line may need ``send_rest``).
@@ -74,11 +96,27 @@ class Slot:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._runner, number)
 
-    def reap(self) -> tuple[int, int]:
-        """Collect the tool once its pidfd is readable: its wait status, and the largest RSS of one process, in bytes."""
-        _, status, usage = os.wait4(self._runner, 0)
+    def reap_nowait(self) -> tuple[int, int] | None:
+        """Collect the tool once its pidfd is readable: its wait status, and the largest RSS of one process, in bytes.
+
+        None while it cannot be collected: a dead process is its tracer's first, and its own child may be that (ptrace(2)).
+        """
+        pid, status, usage = os.wait4(self._runner, os.WNOHANG)
+        if pid == 0:
+            return None
         self._reaped = True
         return status, usage.ru_maxrss * 1024
+
+    async def reap(self) -> tuple[int, int]:
+        """The same, if need be by ending everything else in the sandbox: a tracer that dies lets go."""
+        collected = self.reap_nowait()
+        if collected is None:
+            self.leaf.kill()
+        while collected is None:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.001)
+            collected = self.reap_nowait()
+        return collected
 
     def leftovers(self) -> bool:
         """Something of the call outlived the tool: anything in the leaf but init."""
@@ -92,13 +130,15 @@ class Slot:
         """
         if not self._reaped:
             await trio.lowlevel.wait_readable(self.runner_pidfd)
-            self.reap()
+            await self.reap()
         await trio.lowlevel.wait_readable(self._init_pidfd)
 
     async def dispose(self) -> None:
         """Kill what is left, collect both processes, remove the leaf. Always completes; idempotent it is not."""
         with trio.CancelScope(shield=True):
             self.control.close()
+            if self.listener >= 0:
+                os.close(self.listener)
             with contextlib.suppress(ProcessLookupError):
                 # The end of a pid namespace's init is the end of everything in it: pid_namespaces(7).
                 signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
@@ -106,6 +146,8 @@ class Slot:
             os.waitpid(self._init, 0)
             os.close(self._init_pidfd)
             os.close(self.runner_pidfd)
+            if self.network is not None:
+                await self.network.aclose()
             await remove_leaf(self.leaf)
 
 
@@ -184,12 +226,14 @@ async def _wait_ready(slot: Slot) -> None:
     data = b""
     while len(data) < EVENT_SIZE:
         try:
-            chunk = slot.control.recv(EVENT_SIZE - len(data))
+            chunk, fds, _, _ = socket.recv_fds(slot.control, EVENT_SIZE - len(data), 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             await trio.lowlevel.wait_readable(slot.control)
             continue
         except ConnectionResetError:
-            chunk = b""
+            chunk, fds = b"", []
+        if fds:
+            slot.listener = fds[0]
         if not chunk:
             raise HostError("a sandbox died while it was being built (its memory limit may be below what it needs itself)")
         data += chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import stat
@@ -12,8 +13,9 @@ from agentrun.capture import Capture
 from agentrun.errors import UsageError
 
 PIPE: Final = "pipe"
+NULL: Final = "null"
 Input = bytes | int | Literal["pipe"] | None
-Output = int | Literal["pipe"] | None
+Output = int | Literal["pipe", "null"] | None
 
 
 class Kit:
@@ -42,25 +44,48 @@ class Kit:
 
 
 class Kits:
-    """One kit ready for each tenant, made while nobody waits: its system calls are a twentieth of a short call."""
+    """One kit ready for each tenant, made while nobody waits: its system calls are a twentieth of a short call.
+
+    And one /dev/null, opened anew for every call: who shares an open file shares its flags and its owner, a channel.
+    """
 
     def __init__(self) -> None:
         self._ready: dict[tuple[int, int], Kit] = {}
+        self._null = -1
+        self._closed = False
 
     def take(self, owner: tuple[int, int]) -> Kit:
         """A kit whose pipes belong to ``owner``, the tool's uid and gid as the host sees them."""
         return self._ready.pop(owner, None) or Kit(owner)
 
-    def refill(self, owner: tuple[int, int]) -> None:
-        """Have what the next call takes."""
-        if owner not in self._ready:
-            with contextlib.suppress(OSError):  # out of descriptors: whoever needs one is told
+    def take_null(self) -> int:
+        """A /dev/null that nobody else has; the caller closes it."""
+        fd, self._null = self._null, -1
+        return fd if fd >= 0 else open_null()
+
+    def refill(self, owner: tuple[int, int] | None) -> None:
+        """Have what the next call takes: a /dev/null, and a kit for ``owner`` if one was taken."""
+        if self._closed:
+            return
+        with contextlib.suppress(OSError):  # out of descriptors: whoever needs one is told
+            if self._null < 0:
+                self._null = open_null()
+            if owner is not None and owner not in self._ready:
                 self._ready[owner] = Kit(owner)
 
     def close(self) -> None:
-        """Close those nobody took."""
+        """Close what nobody took, and keep nothing ready any more."""
+        self._closed = True
+        if self._null >= 0:
+            os.close(self._null)
+            self._null = -1
         while self._ready:
             self._ready.popitem()[1].close()
+
+
+def open_null() -> int:
+    """/dev/null, for reading and writing."""
+    return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _make_pipe(owner: tuple[int, int]) -> tuple[int, int]:
@@ -78,11 +103,12 @@ def _make_pipe(owner: tuple[int, int]) -> tuple[int, int]:
 class Stdio:
     """What one call's descriptors are. ``child`` go to the tool; ``close_child`` after they were sent, ``close`` at the end."""
 
-    __slots__ = ("_kit", "_kits", "_owned", "_owner", "_tool_ends", "captures", "child", "parent", "terminal")
+    __slots__ = ("_kit", "_kits", "_null", "_owned", "_owner", "_tool_ends", "captures", "child", "parent", "terminal")
 
     def __init__(self, owner: tuple[int, int] = (0, 0), kits: Kits | None = None) -> None:
         self._owner, self._kits = owner, kits
         self._kit: Kit | None = None
+        self._null = -1
         self.child: list[int] = []
         self.parent: dict[str, int] = {}
         """Our ends of PIPE streams: ``stdin``, ``stdout``, ``stderr``."""
@@ -99,7 +125,6 @@ class Stdio:
         stderr: Output,
         owner: tuple[int, int],
         bound: int,
-        null: int,
         kits: Kits | None = None,
     ) -> Stdio:
         """stdin, and outputs that are captured (``None``) or given.
@@ -111,7 +136,7 @@ class Stdio:
         """
         self = cls(owner, kits)
         try:
-            self.child.append(null if stdin is None else self._input(stdin))
+            self.child.append(self._take_null() if stdin is None else self._input(stdin))
             if stdout is None or stderr is None:
                 self._kit = kits.take(owner) if kits is not None else Kit(owner)
             for number, (name, given) in enumerate((("stdout", stdout), ("stderr", stderr))):
@@ -137,6 +162,12 @@ class Stdio:
         self.terminal = True
         return self
 
+    def _take_null(self) -> int:
+        if self._null < 0:
+            self._null = self._kits.take_null() if self._kits is not None else open_null()
+            self._owned.append(self._null)
+        return self._null
+
     def _input(self, stdin: bytes | int | Literal["pipe"]) -> int:
         if isinstance(stdin, bytes):
             # A file in memory instead of a pipe: no task has to feed it, and there is no size at which it would block.
@@ -154,7 +185,9 @@ class Stdio:
             return read
         return self._given("stdin", stdin)
 
-    def _stream(self, name: str, given: int | Literal["pipe"]) -> int:
+    def _stream(self, name: str, given: int | Literal["pipe", "null"]) -> int:
+        if given == NULL:
+            return self._take_null()
         if given == PIPE:
             read, write = self._pipe()
             self.parent[name] = read
@@ -163,10 +196,7 @@ class Stdio:
         return self._given(name, given)
 
     def _given(self, name: str, fd: int) -> int:
-        try:
-            os.fstat(fd)
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"{name}: descriptor {fd} is not open") from error
+        check_stream(name, fd)
         return fd
 
     def _pipe(self) -> tuple[int, int]:
@@ -205,11 +235,28 @@ class Stdio:
         """Close everything that is still ours, and have the pipes of the next call made."""
         while self._owned:
             os.close(self._owned.pop())
-        if self._kit is not None:
-            kit, self._kit = self._kit, None
+        kit, self._kit = self._kit, None
+        if kit is not None:
             kit.close()
-            if self._kits is not None:
-                self._kits.refill(self._owner)
+        if self._kits is not None:
+            self._kits.refill(None if kit is None else self._owner)
+
+
+def check_stream(name: str, fd: int) -> None:
+    """A descriptor that a tool may have: not a directory, through which it would see the host's tree, nor a bare O_PATH.
+
+    Raises:
+        UsageError: it is one of those, or not open, or no number.
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+        only_path = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"{name}: descriptor {fd} is not open") from error
+    except TypeError:
+        raise UsageError(f"{name}: {fd!r} is neither a descriptor nor what can be sent") from None
+    if stat.S_ISDIR(mode) or only_path:
+        raise UsageError(f"{name}: descriptor {fd} is a directory or a bare path; a tool gets files, pipes, sockets, terminals")
 
 
 def own_pipe(fd: int, owner: tuple[int, int]) -> None:

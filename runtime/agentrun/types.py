@@ -76,6 +76,28 @@ class Unenforced(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Hint(msgspec.Struct, frozen=True, kw_only=True):
+    """A memory hint as it was taken."""
+
+    asked: str
+    memory_max: int
+    """Bytes the call was given."""
+    clamped_to: str | None = None
+    """What was in the way of more, ``policy`` or ``tenant``; null if the call got what it asked for."""
+
+
+class Denied(msgspec.Struct, frozen=True, kw_only=True):
+    """Something the tool tried and the policy refused."""
+
+    kind: str
+    """``syscall`` or ``network``."""
+    what: str
+    """The system call, or the host and port."""
+    reason: str
+    count: int
+    """How often; at least, where the tool tried without end."""
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one tool call."""
 
@@ -96,6 +118,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The sandbox came ready-made from the pool; else it was built for this call."""
     verdict: Verdict | None
     unenforced: tuple[Unenforced, ...]
+    denied: tuple[Denied, ...] = ()
+    """What was refused, where the kernel lets us see it: system calls of the filter, addresses of the network."""
+    hint: Hint | None = None
     private_runtime: bool = False
     """No daemon was there: a runtime was started for this one call."""
 

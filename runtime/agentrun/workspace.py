@@ -17,6 +17,9 @@ from agentrun.errors import HostError, UsageError
 from agentrun_shim import syscalls as sc
 
 Mode = Literal["rw", "ro"]
+IdMap = tuple[bool, int, int, int]
+"""(is a gid map, first id on disk, first id of the mount, count)"""
+_IDS = 65536
 
 _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin", "/sys", "/usr")
 """Not as a workspace, nor anything inside: it would put the caller's files where the system's are trusted."""
@@ -29,6 +32,18 @@ class Workspace(msgspec.Struct, frozen=True):
 
     path: str
     mode: Mode = "rw"
+
+
+def as_path(given: object, what: str) -> str:
+    """A path as the caller gave it.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return os.fsdecode(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"{what}: {given!r} is not a path") from None
 
 
 def open_directory(workspace: Workspace) -> int:
@@ -58,12 +73,41 @@ def real_path(dirfd: int) -> str:
     return path
 
 
+def check_mode(asked: str, most: str, policy: str) -> Mode:
+    """The mode a workspace is mounted with: what was asked for, if the policy allows it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if most == "none":
+        raise UsageError(f"workspace: policy {policy} allows none")
+    if asked == "rw" and most == "ro":
+        raise UsageError(f"workspace: policy {policy} allows it read-only (say :ro)")
+    return "ro" if asked == "ro" else "rw"
+
+
 def _same(path: str, dirfd: int) -> bool:
     try:
         there, here = os.stat(path), os.stat(dirfd)
     except OSError:
         return False
     return stat.S_ISDIR(here.st_mode) and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def owner_maps(on_disk: tuple[int, int], owner: tuple[int, int], strangers: int) -> tuple[IdMap, ...]:
+    """Maps for an idmapped mount: the one user and group ``on_disk`` are the tool's ``owner`` ids, all others are strangers'.
+
+    Without the strangers, 65,536 host ids that nobody has, the kernel would let no one change an entry of which owner or group
+    has no map, not even its owner (HAS_UNMAPPED_ID, fs/namei.c), and rename it with EOVERFLOW.
+    """
+    maps: list[IdMap] = []
+    for gid in (False, True):
+        inside = on_disk[gid]
+        maps.append((gid, inside, owner[gid], 1))
+        for first, last in ((0, min(inside, _IDS)), (inside + 1, _IDS)):
+            if first < last:
+                maps.append((gid, first, strangers + first, last - first))
+    return tuple(maps)
 
 
 def clone_mount(dirfd: int, path: str, mode: Mode, userns_fd: int) -> int:

@@ -37,6 +37,10 @@ class Cloned(NamedTuple):
     used_clone3: bool
 
 
+class ZygoteDied(HostError):
+    """The zygote ended before it had answered; another one can be started."""
+
+
 class Zygote:
     """A running zygote of one shape."""
 
@@ -47,11 +51,10 @@ class Zygote:
         self._userns: dict[tuple[IdMap, ...], int] = {}
 
     @classmethod
-    async def start(cls, plan: bytes, fds: Sequence[int], life_fd: int, nursery: trio.Nursery) -> Self:
-        """Spawn a zygote and give it its plan. ``life_fd`` is the read end of the pipe whose end of file ends its slots.
+    def spawn(cls, life_fd: int, nursery: trio.Nursery) -> Self:
+        """Spawn a zygote without a plan. ``life_fd`` is the read end of the pipe whose end of file ends its slots.
 
         Raises:
-            SandboxError: the plan failed; the step is named.
             HostError: the program could not be started.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -77,12 +80,15 @@ class Zygote:
         ours.setblocking(False)
         zygote = cls(pid, ours)
         nursery.start_soon(zygote.serve, name="agentrun zygote")
-        try:
-            await zygote._request(plan, fds)
-        except BaseException:
-            zygote.close()
-            raise
         return zygote
+
+    async def shape(self, plan: bytes, fds: Sequence[int]) -> None:
+        """Give it its plan; slots can be had from then on.
+
+        Raises:
+            SandboxError: the plan failed; the step is named.
+        """
+        await self._request(plan, fds)
 
     @property
     def alive(self) -> bool:
@@ -119,14 +125,14 @@ class Zygote:
         try:
             self._sock.sendmsg([message], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
-            raise HostError(f"the zygote (pid {self._pid}) is gone: {error.strerror}") from error
+            raise ZygoteDied(f"the zygote (pid {self._pid}) is gone: {error.strerror}") from error
         answer = _Answer()
         self._answers.append(answer)
         # A request that was sent is always finished: what it made has to be taken over by somebody.
         with trio.CancelScope(shield=True):
             await answer.event.wait()
         if answer.done is None:
-            raise HostError(f"the zygote (pid {self._pid}) died while it was building a sandbox")
+            raise ZygoteDied(f"the zygote (pid {self._pid}) died while it was building a sandbox")
         if answer.done.error:
             await _undo(answer.fds)
             raise SandboxError(step_name(answer.done.step), answer.done.error, _detail(answer.done))

@@ -191,7 +191,7 @@ def test_it_has_no_terminal(executor):
     ("command", "answer"),
     [("hostname", "sandbox"), ("whoami", "tool"), ("id -gn", "tool"), ("umask", "0022"), ("nice", "0"), ("pwd", "/home/tool"),
      ("echo ~", "/home/tool"), ("readlink /proc/self/fd/0", "/dev/null"), ("wc -c", "0"), ("ulimit -c", "0"),
-     ("ulimit -n", "1024"), ("ps -o ppid= -p $$ | tr -d ' '", "0"), ("cat /proc/self/oom_score_adj", "0")],
+     ("ulimit -n", "1024"), ("ps -o ppid= -p $$ | tr -d ' '", "0"), ("cat /proc/self/oom_score_adj", "200")],
 )  # fmt: skip
 def test_ordinary_questions_have_ordinary_answers(executor, command, answer):
     assert executor.text(command) == answer

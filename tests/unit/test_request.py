@@ -10,12 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentrun.environment import BASE_ENV
 from agentrun.errors import LimitError, UsageError
 from agentrun.policy import DEFAULT, Limits
-from agentrun.request import BASE_ENV, LIMIT_FIELDS, check_enforced, check_tenant, encode_argv, encode_env
+from agentrun.request import check_tenant, encode_argv
+from agentrun.terms import LIMIT_FIELDS, Terms, check_enforced
 from agentrun.types import Unenforced
 
 BASE = tuple(key + b"=" + value for key, value in BASE_ENV.items())
+TERMS = Terms(
+    policy=DEFAULT, pool=None, files=None, unenforced=(), nproc=0, owner=(0, 0), env=BASE_ENV, entries=BASE, forbidden=()
+)  # fmt: skip
+encode_env = TERMS.environment
 
 
 def test_arguments_of_every_kind():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+from agentrun.types import Denied, Hint, Outcome, Result, Timings, Unenforced, Usage, Verdict
 
 USAGE = Usage(
     wall=1.5, cpu_user=0.25, cpu_system=0.5, memory_peak=4096, memory_source="memory.peak", io_read=1, io_written=2, pids_peak=3,
@@ -20,6 +20,8 @@ RESULT = Result(
     id="3f", outcome=Outcome.TIMED_OUT, exit_code=None, signal=9, stdout=b"out", stderr=b"", truncated=False, usage=USAGE,
     timings=Timings(queued=0.0, leased=0.001, dispatched=0.002, first_exec=None, total=2.0), warm=True,
     verdict=Verdict(reason="timeout", message="m", advice="a"), unenforced=(Unenforced("cpu.max", "no cpu controller"),),
+    denied=(Denied(kind="syscall", what="bpf", reason="EPERM", count=3),),
+    hint=Hint(asked="memory:high", memory_max=1024, clamped_to="tenant"),
 )  # fmt: skip
 
 
@@ -38,6 +40,8 @@ def test_the_json_of_a_result_is_frozen():
         "warm": True,
         "verdict": {"reason": "timeout", "message": "m", "advice": "a"},
         "unenforced": [{"limit": "cpu.max", "reason": "no cpu controller"}],
+        "denied": [{"kind": "syscall", "what": "bpf", "reason": "EPERM", "count": 3}],
+        "hint": {"asked": "memory:high", "memory_max": 1024, "clamped_to": "tenant"},
         "private_runtime": False,
     }  # fmt: skip
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from agentrun_shim.data import data_path
+
 ROOT = Path(__file__).parents[2]
 UNTRACKED = shutil.ignore_patterns(".venv", ".git", "*_cache", "__pycache__", "_native", "build", "dist", ".hypothesis", "out")
 
@@ -58,6 +60,10 @@ def test_the_native_programs(wheel, names):
             assert archive.getinfo(name).external_attr >> 16 & 0o111 == 0o111, f"{name} is not executable"
 
 
+def test_a_checkout_has_its_own_data():
+    assert data_path("policies/seccomp/default.json") == ROOT / "policies" / "seccomp" / "default.json"
+
+
 @pytest.mark.parametrize("directory", ["bpf", "images", "policies", "systemd"])
 def test_data_comes_along(names, directory):
     files = {
@@ -75,7 +81,7 @@ def test_the_licence_and_the_names(wheel, names):
         metadata = email.message_from_bytes(archive.read("agentrun-0.1.0.dist-info/METADATA"))
         scripts = archive.read("agentrun-0.1.0.dist-info/entry_points.txt").decode()
     assert (metadata["Name"], metadata["License-Expression"], metadata["Requires-Python"]) == ("agentrun", "Apache-2.0", ">=3.11")
-    assert {line.split(">")[0] for line in metadata.get_all("Requires-Dist")} == {"msgspec", "trio"}
+    assert {line.split(">")[0] for line in metadata.get_all("Requires-Dist")} == {"idna", "msgspec", "trio"}
     assert "agentrun-cli = agentrun.cli:main" in scripts
 
 
@@ -96,5 +102,11 @@ def test_what_was_installed_from_it_runs(wheel, tmp_path):
     )
     assert done.stderr == ""
     assert all(line.startswith(str(tmp_path)) for line in done.stdout.splitlines())
+    # The data of the installation, not of this checkout: a profile is found and compiled.
+    code = "import agentrun_shim.seccomp as s; print(s.default_profile().name, len(s.default_filter()) % 8)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd="/", env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"{tmp_path}/agentrun/_data/policies/seccomp/default.json 0\n", "")
     usage = subprocess.run([tmp_path / "bin" / "agentrun", "exec", "--help"], capture_output=True, text=True)
     assert (usage.returncode, usage.stdout[:20]) == (0, "usage: agentrun exec")

@@ -23,6 +23,10 @@ def plan_limits(limits: Limits) -> dict[str, str]:
         files["pids.max"] = str(limits.pids_max + 1)
     if limits.cpus is not None:
         files["cpu.max"] = f"{max(1000, round(limits.cpus * CPU_PERIOD_US))} {CPU_PERIOD_US}"
+    if limits.cpu_burst is not None:
+        files["cpu.max.burst"] = str(round(limits.cpu_burst * 1e6))
+    if limits.io_weight is not None:
+        files["io.weight"] = str(limits.io_weight)
     if limits.cpu_weight is not None:
         files["cpu.weight"] = str(limits.cpu_weight)
     return files

@@ -28,12 +28,13 @@ import msgspec
 from agentrun.cgroup.files import read_file, write_file
 from agentrun.cgroup.leaf import Leaf
 from agentrun.cgroup.limits import plan_limits
-from agentrun.errors import HostError
+from agentrun.errors import HostError, UsageError
 from agentrun.policy import Limits
 from agentrun.types import Unenforced
 
 PREFIX = "agentrun-"
 _log = logging.getLogger("agentrun")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 CONTROLLERS = ("cpu", "memory", "pids", "io")
 COVERED = frozenset({"pids.max", "memory.oom.group", "memory.swap.max"})
 """Not missed where they are missing: RLIMIT_NPROC bounds processes; without memory.max the other two say nothing."""
@@ -103,7 +104,7 @@ class Tree:
         Raises:
             HostError: another live owner holds the name, or the base refuses a child.
         """
-        self.path = base.path / (PREFIX + name)
+        self.path = base.path / (PREFIX + check_name(name))
         self.base = base
         self._tenants: dict[str, int] = {}
         self._plans: dict[Limits, tuple[dict[str, str], tuple[Unenforced, ...]]] = {}
@@ -143,6 +144,9 @@ class Tree:
         if limits not in self._plans:
             files = plan_limits(limits)
             missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self.files)
+            if limits.memory_high is not None:
+                # A bare memory.high does not limit, it livelocks: the steady budget is for a governor to enforce.
+                missing += (Unenforced("memory.high", "this version has no burst control; memory.max holds"),)
             self._plans[limits] = (
                 {name: text for name, text in files.items() if name in self.files},
                 tuple(item for item in missing if item.limit not in COVERED),
@@ -229,6 +233,17 @@ def remove_stale(base: Path) -> list[str]:
         finally:
             os.close(fd)
     return removed
+
+
+def check_name(name: str) -> str:
+    """The name of a tree, as a directory can carry it.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"name: {name!r} is no name for a cgroup (letters, digits, '-', '_', '.'; at most 64)")
+    return name
 
 
 def _claim(path: Path, patience: float = 1.0) -> int:

@@ -19,6 +19,7 @@ VERBS = {
     "ps": ("query", "the calls that run now"),
     "kill": ("query", "end a call, or signal it"),
     "stats": ("query", "pools and counters"),
+    "policy": ("policy", "list, show, check and compare policies"),
     "doctor": ("doctor", "try what agentrun needs of this host, feature by feature"),
 }
 

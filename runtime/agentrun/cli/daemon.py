@@ -5,24 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import grp
+import logging
 import os
 import resource
 import signal
 import socket
+import time
 from pathlib import Path
 
 import msgspec
 import trio
 
 from agentrun import notify
+from agentrun.cgroup.tree import check_name
 from agentrun.config import DaemonConfig, executor_config, load_config
 from agentrun.daemon import Daemon, open_listener
 from agentrun.errors import AgentrunError, UsageError
-from agentrun.executor import ExecutorConfig, open_executor
-from agentrun.policy import DEFAULT
+from agentrun.executor import Executor, ExecutorConfig, open_executor
 from agentrun.protocol import error_frame
 
 NICE = -10
+_log = logging.getLogger("agentrun")
 
 
 def add_arguments(parser: argparse.ArgumentParser, _verb: str) -> None:
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         config = msgspec.structs.replace(config, socket=args.socket)
     if args.group:
         config = msgspec.structs.replace(config, group=args.group)
+    check_name(args.name)
     _raise_descriptor_limit()
     _raise_priority()
     try:
@@ -64,12 +68,17 @@ async def _serve(config: DaemonConfig, name: str) -> None:
     try:
         async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
             daemon = Daemon(executor, config)
-            await executor.warm_up(DEFAULT, count=config.pool_least)
+            # A policy that does not load stops the daemon here, where somebody looks, and not a call in the night.
+            count = executor.policies.reload()
+            await executor.warm_up("default", count=config.pool_least)
             nursery.start_soon(daemon.serve, listeners)
             notify.notify(f"READY=1\nSTATUS=serving on {config.socket}")
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for _ in signals:
-                    break
+            _log.info("%d policies", count)
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                async for number in signals:
+                    if number != signal.SIGHUP:
+                        break
+                    _reload(executor, config)
             with contextlib.suppress(OSError):  # whoever wanted to know may be gone
                 notify.notify("STOPPING=1")
             nursery.cancel_scope.cancel()
@@ -79,6 +88,20 @@ async def _serve(config: DaemonConfig, name: str) -> None:
         if not passed:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(config.socket)
+
+
+def _reload(executor: Executor, config: DaemonConfig) -> None:
+    """Read the policies anew, all or none: calls that are made from now on have the new ones, those that run keep theirs."""
+    with contextlib.suppress(OSError):
+        notify.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        status = f"{executor.policies.reload()} policies reloaded"
+        _log.warning("%s", status)
+    except AgentrunError as error:
+        status = f"reload refused, the old policies stay: {error}"
+        _log.error("%s", status)
+    with contextlib.suppress(OSError):
+        notify.notify(f"READY=1\nSTATUS=serving on {config.socket}; {status}")
 
 
 def serve_one(fd: int) -> int:
@@ -115,7 +138,7 @@ def _raise_priority() -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Every warm sandbox takes four descriptors; select(2) is not used here."""
+    """Every warm sandbox takes six or seven descriptors; select(2) is not used here."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
