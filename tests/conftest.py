@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the host lane. A test marked ``host`` is skipped where it cannot run; under CI that is a failure."""
 
-import os
-
 import pytest
 
+from tests.requirements import lacking
 from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("host") and (reason := missing_requirement()):
-        if os.environ.get("CI"):
-            pytest.fail(f"this machine cannot run the host tests: {reason}", pytrace=False)
-        pytest.skip(reason)
+        lacking(f"this machine cannot run the host tests: {reason}")
 
 
 @pytest.fixture(scope="module")
 def executor():
     """An executor that is called without ``await``; when the file is done, nothing of it may be left."""
     if reason := missing_requirement():
-        pytest.skip(reason)
+        lacking(reason)
     config = own_config()
     before = Leaks(cgroup_of(config.name))
     blocking = Blocking(config)
@@ -33,6 +30,6 @@ def executor():
 def daemon():
     """A private daemon for the file; see ``support.Daemon``."""
     if reason := missing_requirement():
-        pytest.skip(reason)
+        lacking(reason)
     with open_daemon() as running:
         yield running

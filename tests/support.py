@@ -52,6 +52,19 @@ def missing_requirement() -> str | None:
     return None
 
 
+FORK_STORM = """
+import os, time
+n = 1
+try:
+    while n < 1000:
+        if os.fork() == 0: time.sleep(60)
+        n += 1
+except BlockingIOError: pass
+print(n)
+"""
+"""Has children until it may have no more, and says how many processes there were."""
+
+
 def unique_name() -> str:
     return f"test-{os.getpid()}-{next(_numbers)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 
@@ -42,23 +41,21 @@ def clone_bind(bind: Bind, fd: int, userns_fd: int) -> int:
         HostError: the file system cannot map owners, or a mount call failed.
     """
     where = f"fs.binds: {bind.source}"
-    flags = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
+    below = sc.AT_RECURSIVE if bind.mode == "ro" else 0
     try:
-        if bind.mode == "ro":
-            mount = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH | sc.AT_RECURSIVE)
-        else:
-            mount = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH)
+        mount = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH | below)
     except OSError as error:
         raise HostError(f"{where}: {error.strerror} (open_tree)") from error
     try:
         if bind.mode == "ro":
             set_read_only(mount, userns_fd)
         else:
-            sc.mount_setattr(mount, flags | sc.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
+            flags = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_IDMAP
+            sc.mount_setattr(mount, flags, userns_fd=userns_fd)
     except OSError as error:
         os.close(mount)
         reason = error.strerror or str(error)
-        if bind.mode == "rw" and error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+        if bind.mode == "rw" and error.errno in sc.CANNOT_MAP_OWNERS:
             reason = "its file system cannot map owners (idmapped mounts); bind it read-only"
         raise HostError(f"{where}: {reason} (mount_setattr)") from error
     return mount
@@ -74,7 +71,7 @@ def set_read_only(mount: int, nobody: int) -> None:
         try:
             sc.mount_setattr(mount, flags | sc.MOUNT_ATTR_IDMAP, recursive=True, userns_fd=nobody)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+            if error.errno not in sc.CANNOT_MAP_OWNERS:
                 raise
         else:
             return

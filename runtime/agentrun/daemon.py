@@ -25,7 +25,7 @@ from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor
 from agentrun.hints import with_memory
 from agentrun.policy import Policy, parse_net
-from agentrun.policystore import SUFFIX
+from agentrun.policystore import is_path
 from agentrun.protocol import (
     Exec,
     Kill,
@@ -178,9 +178,9 @@ class Daemon:
 
     def _policy(self, name: str, uid: int) -> Policy:
         """A policy by name; by path only for root, because it is read with the daemon's rights."""
-        if uid != 0 and ("/" in name or name.endswith(SUFFIX)):
+        if uid != 0 and is_path(name):
             raise UsageError(f"policy: only root may name a file ({name}); a policy in /etc/agentrun/policies has a name")
-        if not self._private and ("/" in name or name.endswith(SUFFIX)) and not name.startswith("/"):
+        if not self._private and is_path(name) and not name.startswith("/"):
             raise UsageError(f"policy: {name} is a relative path, and the daemon is somewhere else; give the whole path")
         return self._executor.policies.find(name)
 

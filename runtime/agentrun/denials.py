@@ -104,21 +104,21 @@ class Denials:
     async def run(self) -> None:
         """Answer until cancelled; closes everything then, for a call that is held and not answered hangs."""
         try:
-            quick = 0.0
+            quick = slow = 0.0
             while True:
-                now = trio.current_time()
-                if now < quick:
+                if trio.current_time() < quick:
                     with trio.move_on_after(PAUSE if self._slow else QUICK):
                         await trio.lowlevel.wait_readable(self._epoll.fileno())
                 else:
                     await trio.sleep(PAUSE if self._slow else TICK if self.running else IDLE_TICK)
-                if self._slow:
+                now = trio.current_time()
+                if self._slow and now >= slow:
+                    slow = now + PAUSE
                     self._serve_slow()
                 for fd, events in self._epoll.poll(0, _TURN):
                     listener = self._by_fd.get(fd)
                     if listener is not None:
-                        if events & select.EPOLLIN:
-                            quick = trio.current_time() + QUICK
+                        quick = now + QUICK if events & select.EPOLLIN else quick
                         self._serve(listener, events)
         finally:
             self.close()

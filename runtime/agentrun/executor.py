@@ -184,6 +184,8 @@ class Executor:
         """
         if self._closing:
             raise HostError("the executor is closing")
+        command = encode_argv(argv)
+        check_tenant(tenant)
         rules = self.policies.find(policy) if isinstance(policy, str) else policy
         asked = None
         if hint:
@@ -192,13 +194,14 @@ class Executor:
             timeout = rules.timeout
         elif not isinstance(timeout, (int, float)) or not timeout > 0:
             raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
-        terms = self._terms.find(rules, check_tenant(tenant), hinted=asked is not None)
         path = ""
         if workspace_fd >= 0:
             workspace_mode = check_mode(workspace_mode, rules.fs.workspace, rules.name)
             path, caller = real_path(workspace_fd), caller or (os.geteuid(), os.getegid())
+        # Last: it makes the tenant's cgroup and pool, which a request that is none must not.
+        terms = self._terms.find(rules, tenant, hinted=asked is not None)
         return Request(
-            argv=encode_argv(argv),
+            argv=command,
             env=terms.environment(env),
             cwd=os.path.join(os.fsencode(path) or _HOME, os.fsencode(cwd or "")).rstrip(b"/") or b"/",
             terms=terms,

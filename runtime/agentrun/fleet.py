@@ -1,38 +1,31 @@
-"""The fleet: every zygote, pool and slot of one executor, and the id ranges of its tenants."""
+"""The fleet: every pool and slot of one executor, and the id ranges of its tenants."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 import trio
 import trio.testing
 
 from agentrun import rootfs
-from agentrun.binds import open_source
 from agentrun.cgroup.limits import plan_budget
 from agentrun.cgroup.tree import Tree
 from agentrun.denials import Denials
-from agentrun.egress.etc import hosts, resolv_conf
 from agentrun.egress.path import EgressPath
 from agentrun.egress.rules import parse_rules
 from agentrun.errors import HostError, SandboxError
 from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun.pool import Pool, PoolStats
-from agentrun.rootfs import NOBODY, add_bind
-from agentrun.shape import ID_RANGE, Shape, plan_shape, shape_of
+from agentrun.shape import ID_RANGE, Shape, shape_of
 from agentrun.slot import Slot, build_slot
 from agentrun.workspace import Mode, clone_mount, owner_maps
-from agentrun.zygote import IdMap, Zygote, ZygoteDied
-from agentrun_shim.seccomp import compile_profile, find_profile
-from agentrun_shim.seccomp_front import harden
-from agentrun_shim.seccomp_profile import Profile, ProfileError
+from agentrun.zygote import IdMap, ZygoteDied
+from agentrun.zygotes import Zygotes
 
 _log = logging.getLogger("agentrun")
 _NO_LIMITS = Limits(memory_max=None, memory_swap_max=None, pids_max=None)
@@ -57,22 +50,17 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fleet:
-    """Zygotes by shape, pools by tenant and shape."""
+    """Pools by tenant and shape."""
 
     def __init__(self, config: FleetConfig, tree: Tree, nursery: trio.Nursery, life_read: int) -> None:
         """Everything is built below ``tree`` and in ``nursery``; slots end when ``life_read`` sees its end of file."""
-        self._config, self._tree, self._nursery, self._life_read = config, tree, nursery, life_read
-        self._zygotes: dict[tuple[Shape, str], Zygote] = {}
-        self._zygote_lock = trio.Lock()
+        self._config, self._tree, self._nursery = config, tree, nursery
+        self._zygotes = Zygotes(nursery, life_read, config.id_base)
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
-        self._tops: frozenset[str] = frozenset()
-        self._accounts = _accounts()
         self._built = 0
         self._chores: deque[Callable[[], None]] = deque()
         self._bell = trio.Event()
-        self._profiles: dict[str, Profile] = {}
-        self._notify = True
         self.denials = Denials()
         self.stuck = 0
         """Sandboxes that could not be removed; each was logged."""
@@ -106,21 +94,24 @@ class Fleet:
         return pool
 
     async def _build(self, shape: Shape, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]) -> Slot:
+        base, notify = self.id_base(tenant), self._zygotes.notify
         try:
             try:
-                slot = await build_slot(await self._zygote(shape, tenant), self._tree, tenant, name, files, maps)
+                slot = await build_slot(await self._zygotes.find(shape, base), self._tree, tenant, name, files, maps)
             except ZygoteDied:  # the next one is started for it; if that dies as well, something is wrong with the host
-                slot = await build_slot(await self._zygote(shape, tenant), self._tree, tenant, name, files, maps)
+                slot = await build_slot(await self._zygotes.find(shape, base), self._tree, tenant, name, files, maps)
         except SandboxError as error:
-            if not (self._notify and error.step == "filter" and error.errno == errno.EBUSY):
+            if not (notify and error.step == "filter" and error.errno == errno.EBUSY):
                 raise
-            # Somebody around us listens to a filter already, and the kernel takes one listener: do without reports.
-            self._notify = False
-            await self._renew()
+            # Somebody around us listens to a filter already, and the kernel takes one listener: do without reports. Whoever of
+            # several that are built at once finds out first says so.
+            if self._zygotes.notify:
+                self._zygotes.do_without_listener()
+                await self._renew()
             return await self._build(shape, tenant, name, files, maps)
         if slot.listener >= 0:
             try:
-                self.denials.watch(slot.listener, slot.id, self._profile(shape.seccomp))
+                self.denials.watch(slot.listener, slot.id, self._zygotes.profile(shape.seccomp))
             except (OSError, ValueError) as error:
                 await slot.dispose()
                 raise HostError(f"watching a sandbox's refused calls: {error}") from error  # out of descriptors, or closing
@@ -145,14 +136,6 @@ class Fleet:
         finally:
             os.close(netns)
 
-    def _profile(self, name: str) -> Profile:
-        if name not in self._profiles:
-            try:
-                self._profiles[name] = harden(find_profile(name))
-            except (ProfileError, OSError) as error:
-                raise HostError(f"seccomp.profile: {error}") from error
-        return self._profiles[name]
-
     def adjust(self, slot: Slot, files: Mapping[str, str]) -> None:
         """Give a slot's leaf a call's own limits: ``files`` instead of those it was made with.
 
@@ -169,12 +152,11 @@ class Fleet:
         Raises:
             HostError: its file system cannot be mounted that way.
         """
-        zygote = await self._zygote(shape_of(DEFAULT))
         top = path.split("/")[1]
-        if top not in rootfs.HIDDEN and top not in self._tops:
-            # A directory of the host's root that is newer than our image of it.
+        if top not in rootfs.HIDDEN and not self._zygotes.show(top):
+            # A directory of the host's root that is newer than our images of it.
             await self._renew()
-            zygote = await self._zygote(shape_of(DEFAULT))
+        zygote = await self._zygotes.plain()
         userns = await zygote.userns(owner_maps(caller, owner, self._config.id_base))
         return clone_mount(fd, path, mode, userns)
 
@@ -200,56 +182,11 @@ class Fleet:
 
     async def _renew(self) -> None:
         """Look at the host's root anew: sandboxes that are built from now on have it as it is now."""
-        old, self._zygotes = self._zygotes, {}
+        old = self._zygotes.forget()  # before the pools ask for new slots
         for pool in self._pools.values():
             pool.renew()
-        for zygote in old.values():
+        for zygote in old:
             await zygote.aclose()
-
-    async def _zygote(self, shape: Shape, tenant: str = "") -> Zygote:
-        """The zygote of a shape; where it shows writable binds, of a shape and tenant, for their owner is the tenant's tool."""
-        key = (shape, tenant if any(bind.mode == "rw" for bind in shape.fs.binds) else "")
-        zygote = self._zygotes.get(key)
-        if zygote is not None and zygote.alive:
-            return zygote
-        async with self._zygote_lock:
-            zygote = self._zygotes.get(key)
-            if zygote is None or not zygote.alive:
-                if zygote is not None:
-                    zygote.close()
-                zygote = self._zygotes[key] = await self._start_zygote(shape, tenant)
-            return zygote
-
-    async def _start_zygote(self, shape: Shape, tenant: str) -> Zygote:
-        zygote = Zygote.spawn(self._life_read, self._nursery)
-        try:
-            await self._shape(zygote, shape, tenant)
-        except BaseException:
-            zygote.close()
-            raise
-        return zygote
-
-    async def _shape(self, zygote: Zygote, shape: Shape, tenant: str) -> None:
-        """Make a shape's image and plan, and give them to a zygote."""
-        self._tops, self._accounts = frozenset(os.listdir("/")), _accounts()
-        ids, nobody = (shape.process.uid, shape.process.gid), await zygote.userns(NOBODY)
-        root = rootfs.open_host_root(ids=ids, etc=_etc(shape), nobody=nobody)
-        try:
-            for bind in shape.fs.binds:
-                source, found = open_source(bind)
-                try:
-                    userns = nobody
-                    if bind.mode == "rw":
-                        owner = tuple(self.id_base(tenant) + number for number in ids)
-                        maps = owner_maps((found.st_uid, found.st_gid), (owner[0], owner[1]), self._config.id_base)
-                        userns = await zygote.userns(maps)
-                    add_bind(root, bind, source, found, userns)
-                finally:
-                    os.close(source)
-            program = compile_profile(self._profile(shape.seccomp), notify=self._notify)
-            await zygote.shape(plan_shape(shape, root, program, notify=self._notify), root.fds)
-        finally:
-            root.close()
 
     def later(self, chore: Callable[[], None]) -> None:
         """Do something after the call that asks for it has returned: nothing it needs may wait for this."""
@@ -286,8 +223,7 @@ class Fleet:
         """Let pools forget old peaks of demand; runs as long as the fleet does."""
         while True:
             await trio.sleep(1)
-            if self._zygotes and _accounts() != self._accounts:
-                # useradd(8) renames over /etc/passwd, and what was bound over the old file is gone from every sandbox.
+            if self._zygotes.outdated():
                 await self._renew()
             for pool in self._pools.values():
                 pool.shrink()
@@ -301,27 +237,5 @@ class Fleet:
         self._do_chores()
         for pool in self._pools.values():
             pool.close()
-        for zygote in self._zygotes.values():
+        for zygote in self._zygotes.forget():
             await zygote.aclose()
-
-
-def _accounts() -> tuple[int, ...]:
-    """Which files the host's accounts are in now."""
-    inodes = []
-    for path in ("/etc/passwd", "/etc/group", "/etc/resolv.conf"):
-        with contextlib.suppress(OSError):
-            inodes.append(os.stat(path).st_ino)
-    return tuple(inodes)
-
-
-def _etc(shape: Shape) -> dict[str, bytes]:
-    """Files of /etc that a shape's network needs to be others than the image's."""
-    if shape.net == "egress":
-        return {"resolv.conf": resolv_conf(), "hosts": hosts(shape.process.hostname)}
-    if shape.net == "none":
-        return {}
-    try:
-        # Often a link into /run, where the host's services live and a sandbox has nothing.
-        return {"resolv.conf": Path("/etc/resolv.conf").read_bytes()}
-    except OSError:
-        return {}

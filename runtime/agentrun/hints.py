@@ -13,8 +13,6 @@ from agentrun.policy import Limits, Policy
 from agentrun.types import Hint
 from agentrun.units import parse_size, show_size
 
-VARIABLE = "AGENT_RESOURCE_HINT"
-
 
 def apply_hint(policy: Policy, text: str, budget: int | None) -> tuple[Policy, Hint]:
     """The policy with the memory a hint asks for, at most ``budget`` bytes, the tenant's.

@@ -35,6 +35,11 @@ def directories(env: Mapping[str, str] | None = None) -> list[Path]:
     return [*own, Path("/etc/agentrun/policies"), data_path("policies")]
 
 
+def is_path(name: str) -> bool:
+    """It names a file, not a policy: it contains a slash or ends in ``.toml``."""
+    return "/" in name or name.endswith(SUFFIX)
+
+
 class PolicyStore:
     """Policies by name. Each is read once; ``reload`` reads them all anew, and keeps what it had if one does not load."""
 
@@ -43,7 +48,7 @@ class PolicyStore:
         self._known: dict[str, Policy] = {}
 
     def find(self, name: str) -> Policy:
-        """The policy of a name, or of a path to a file (it contains a slash or ends in ``.toml``).
+        """The policy of a name, or of a path to a file (``is_path``).
 
         Raises:
             UsageError: there is none, or it does not load.
@@ -61,7 +66,7 @@ class PolicyStore:
         Raises:
             UsageError: no file has the name.
         """
-        return Path(name) if "/" in name or name.endswith(SUFFIX) else self.locate(name)
+        return Path(name) if is_path(name) else self.locate(name)
 
     def locate(self, name: str) -> Path:
         """The file of a name: the first that is there, even if it does not load.

@@ -18,6 +18,10 @@ Input = bytes | int | Literal["pipe"] | None
 Output = int | Literal["pipe", "null"] | None
 
 
+_OWNERS = 16
+"""Owners whose next call finds a kit: those that called last."""
+
+
 class Kit:
     """Two pipes for captured streams, and an epoll that watches their read ends. Whoever takes one closes what it took."""
 
@@ -44,7 +48,7 @@ class Kit:
 
 
 class Kits:
-    """One kit ready for each tenant, made while nobody waits: its system calls are a twentieth of a short call.
+    """One kit ready for each of the last owners, made while nobody waits: its system calls are a twentieth of a short call.
 
     And one /dev/null, opened anew for every call: who shares an open file shares its flags and its owner, a channel.
     """
@@ -72,6 +76,8 @@ class Kits:
                 self._null = open_null()
             if owner is not None and owner not in self._ready:
                 self._ready[owner] = Kit(owner)
+                while len(self._ready) > _OWNERS:
+                    self._ready.pop(next(iter(self._ready))).close()
 
     def close(self) -> None:
         """Close what nobody took, and keep nothing ready any more."""

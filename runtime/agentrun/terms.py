@@ -74,7 +74,7 @@ class TermsBook:
         # By identity first: hashing a policy takes longer than all the rest. The terms hold the policy, so its id stays its own.
         terms = self._met.get((id(policy), tenant))
         if terms is None or terms.policy is not policy:
-            if len(self._met) >= _KEPT:
+            if len(self._equal) >= _KEPT:
                 self._met.clear()
                 self._equal.clear()
             terms = self._equal.get((policy, tenant, hinted))

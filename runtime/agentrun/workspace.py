@@ -6,7 +6,6 @@ caller's, and nothing else on that file system is more accessible than it is to 
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from typing import Literal
@@ -125,7 +124,7 @@ def clone_mount(dirfd: int, path: str, mode: Mode, userns_fd: int) -> int:
         try:
             sc.mount_setattr(mount, flags | sc.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+            if error.errno not in sc.CANNOT_MAP_OWNERS:
                 raise
             if mode == "rw":
                 raise HostError(

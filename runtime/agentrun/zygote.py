@@ -49,6 +49,7 @@ class Zygote:
         self._sock = sock
         self._answers: deque[_Answer] = deque()
         self._userns: dict[tuple[IdMap, ...], int] = {}
+        self._hung_up = False
 
     @classmethod
     def spawn(cls, life_fd: int, nursery: trio.Nursery) -> Self:
@@ -92,7 +93,9 @@ class Zygote:
 
     @property
     def alive(self) -> bool:
-        """It has not exited."""
+        """It has neither exited nor hung up; dying, it hangs up first."""
+        if self._hung_up:
+            return False
         try:
             return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
@@ -125,6 +128,7 @@ class Zygote:
         try:
             self._sock.sendmsg([message], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
+            self._hung_up = not isinstance(error, BlockingIOError)
             raise ZygoteDied(f"the zygote (pid {self._pid}) is gone: {error.strerror}") from error
         answer = _Answer()
         self._answers.append(answer)
@@ -155,6 +159,7 @@ class Zygote:
         except (OSError, trio.ClosedResourceError):
             return
         finally:
+            self._hung_up = True
             while self._answers:
                 self._answers.popleft().event.set()
 

@@ -198,7 +198,10 @@ def pack_shape(namespaces: int, ops: Sequence[bytes], nfds: int) -> bytes:
 
 
 def pack_slot(flags: SlotFlag, maps: Iterable[tuple[bool, int, int, int]], nfds: int) -> bytes:
-    """The SLOT message; ``maps`` are (is a gid map, first id inside, first id outside, count)."""
+    """The SLOT message; ``maps`` are (is a gid map, first id inside, first id outside, count).
+
+    The first one's id outside owns the sandbox's user namespace: what the kernel counts by user is counted for it.
+    """
     return _message(Kind.SLOT, nfds, _maps(flags, maps))
 
 

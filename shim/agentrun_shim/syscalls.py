@@ -9,6 +9,7 @@ Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), mount_
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from typing import Final
 
@@ -51,11 +52,15 @@ class _MountAttr(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
 
 
+CANNOT_MAP_OWNERS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+"""What ``mount_setattr`` answers to MOUNT_ATTR_IDMAP where a file system, or a mount of a tree, cannot be mapped."""
+
+
 def _call(what: str, number: int, *args: object) -> int:
     result: int = _syscall(ctypes.c_long(number), *args)
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno), what)
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
     return result
 
 

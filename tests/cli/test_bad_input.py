@@ -232,7 +232,11 @@ def test_frames_that_follow_a_call(daemon):
         (["--pids", "1.5", "true"], 2, None),
         (["--cpus", "many", "true"], 2, None),
         (["--timeout", "1e999", "true"], 2, None),
-        (["--policy", "nope", "true"], 2, None),
+        (
+            ["--policy", "nope", "true"],
+            2,
+            'agentrun: policy: there is no policy "nope" (known: build, default, host-tools, readonly, strict, test)\n',
+        ),
         (["--net", "all", "true"], 2, "agentrun: net: 'all' is not known (none, host or egress)\n"),
         (["--tenant", "a/b", "true"], 2, None),
         ([""], 2, "agentrun: there is no command to run\n"),

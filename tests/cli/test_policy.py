@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from agentrun.policystore import PolicyStore
+from tests.requirements import lacking
 from tests.support import BIN, CLIENT
 
 SHIPPED = Path(__file__).parents[2] / "policies"
@@ -190,7 +191,7 @@ def test_wrong_usage(shell, args, words):
 
 def test_it_is_a_verb_of_the_native_client(shell):
     if not Path(CLIENT).exists():
-        pytest.skip("the native client is not built (make build)")
+        lacking("the native client is not built (make build)")
     shell.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = shell.run("show", "strict", program=CLIENT)
     assert (done.returncode, done.stderr) == (0, "")

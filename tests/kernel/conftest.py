@@ -4,6 +4,7 @@
 import pytest
 
 from tests.kernel.wall import DISPOSABLE, Walls, workspace_directory
+from tests.requirements import lacking
 from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, own_config
 
 
@@ -16,7 +17,7 @@ def scope(fixture_name: str, config: pytest.Config) -> str:
 def walls():
     """Attackers outside and inside, and the executor they are inside of; nothing of it may be left afterwards."""
     if reason := missing_requirement():
-        pytest.skip(reason)
+        lacking(reason)
     config = own_config()
     before = Leaks(cgroup_of(config.name))
     executor = Blocking(config)

@@ -83,7 +83,8 @@ def test_a_call_cancelled_while_it_waits_gives_its_place_back():
     async def body(executor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(executor.run, ["sleep", "1"])
-            await trio.sleep(0.05)
+            while not executor.statistics().running:
+                await trio.sleep(0.001)
             with trio.move_on_after(0.1) as scope:
                 await executor.run(["true"])
             assert scope.cancelled_caught

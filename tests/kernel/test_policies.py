@@ -31,7 +31,8 @@ from agentrun.policystore import PolicyStore
 from agentrun.types import Hint
 from agentrun.units import GIB, MIB
 from agentrun_shim import landlock
-from tests.support import PYTHON, with_executor
+from tests.requirements import lacking
+from tests.support import FORK_STORM, PYTHON, with_executor
 
 pytestmark = pytest.mark.host
 
@@ -192,7 +193,7 @@ def test_build_installs_a_package_into_a_virtual_environment(executor, project):
     build = functools.partial(executor.run, policy="build", workspace=str(project), timeout=120)
     made = build([PYTHON, "-m", "venv", "env"])
     if b"ensurepip is not available" in made.stdout:
-        pytest.skip("not installed: python3-venv")
+        lacking("not installed: python3-venv")
     assert made.returncode == 0, made
     pip = ["env/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--index-url", f"file://{project}/simple"]
     done = build([*pip, "tiny"])
@@ -217,7 +218,7 @@ def venv(executor):
         seen = executor.run([python, "-c", "import pytest, hypothesis, msgspec"], workspace=Workspace(str(ROOT), "ro"), env=env)
         if seen.ok:
             return python, env
-    return pytest.skip(f"our virtual environment does not work in a sandbox: {seen.stderr.decode()[-200:]}")
+    return lacking(f"our virtual environment does not work in a sandbox: {seen.stderr.decode()[-200:]}")
 
 
 def test_test_runs_our_own_unit_tests(executor, venv):
@@ -363,17 +364,7 @@ def test_strict_is_refused_where_it_cannot_be_held_to(executor):
 
 
 def test_strict_bounds_processes(executor, strict):
-    script = (
-        "import os, time\n"
-        "n = 1\n"
-        "try:\n"
-        "    while n < 1000:\n"
-        "        if os.fork() == 0: time.sleep(60)\n"
-        "        n += 1\n"
-        "except BlockingIOError: pass\n"
-        "print(n)\n"
-    )
-    assert 28 <= int(succeeds(executor.python(script, policy=strict))) <= 32
+    assert 28 <= int(succeeds(executor.python(FORK_STORM, policy=strict))) <= 32
 
 
 def test_strict_bounds_what_is_written(executor, strict):

@@ -26,16 +26,19 @@ pytestmark = pytest.mark.host
 # ---------------------------------------------------------------- cgroups
 
 
+CONTROL_FILES = [
+    "cgroup.procs",
+    "cgroup.threads",
+    "cgroup.kill",
+    "cgroup.freeze",
+    "cgroup.max.descendants",
+    "pids.max",
+    "cpu.max",
+]
+
+
 def leave_cgroup(a, base):
-    for name in (
-        "cgroup.procs",
-        "cgroup.threads",
-        "cgroup.kill",
-        "cgroup.freeze",
-        "cgroup.max.descendants",
-        "pids.max",
-        "cpu.max",
-    ):
+    for name in CONTROL_FILES:
         if os.path.exists(f"{base}/{name}"):
             a.step(name, lambda path: os.close(os.open(path, os.O_WRONLY)), f"{base}/{name}")
     a.step("a child", os.mkdir, f"{base}/child")
@@ -50,16 +53,7 @@ def test_cgroups(walls):
     base = Path(find_mount(), token().removeprefix("agentrun-"))  # whose name would have every executor sweep it away
     base.mkdir()
     try:
-        written = (
-            "cgroup.procs",
-            "cgroup.threads",
-            "cgroup.kill",
-            "cgroup.freeze",
-            "cgroup.max.descendants",
-            "pids.max",
-            "cpu.max",
-        )
-        expected = dict.fromkeys(written, ("ok|-", "EROFS|EACCES|-"))  # "-": without controllers there are no limits either
+        expected = dict.fromkeys(CONTROL_FILES, ("ok|-", "EROFS|EACCES|-"))  # "-": without controllers there are no limits either
         expected |= dict.fromkeys(("cgroup.procs", "cgroup.max.descendants", "a child", "move back"), ("ok", "EROFS|EACCES"))
         expected |= {"move": ("ok", "ENOENT"), "mount": ("ok", "EPERM"), "unshare": ("ok", "EPERM")}
         walls.check(leave_cgroup, expected, outside={"base": str(base)}, inside={"base": "/sys/fs/cgroup"})

@@ -16,6 +16,7 @@ from agentrun_shim.data import data_path
 from agentrun_shim.seccomp import compile_profile, default_filter, find_profile
 from agentrun_shim.seccomp_profile import Profile
 from agentrun_shim.syscall_table import ELSEWHERE, NUMBERS
+from tests.requirements import lacking
 from tests.unit.seccomp_support import (
     AARCH64,
     ALLOW,
@@ -80,7 +81,7 @@ def test_an_errno_is_said_in_both_ways(name: str) -> None:
 
 def test_numbers_agree_with_the_installed_header() -> None:
     if not HEADER.exists():
-        pytest.skip(f"{HEADER} is not installed")
+        lacking(f"{HEADER} is not installed")
     header = dict(re.findall(r"#define __NR_(\w+) (\d+)", HEADER.read_text()))
     assert len(header) > 300
     ours = {name: str(number) for name, number in NUMBERS.items()}
@@ -351,7 +352,7 @@ def test_python_threads_and_processes_work(name: str) -> None:
 @pytest.mark.parametrize("command", TOOLS)
 def test_tools_work(name: str, command: str, tmp_path: Path) -> None:
     if shutil.which(command.split()[0]) is None:
-        pytest.skip(f"{command.split()[0]} is not installed")
+        lacking(f"{command.split()[0]} is not installed")
     results = []
     for directory, loaded in (("with", program(name)), ("without", b"")):
         (tmp_path / directory).mkdir()
@@ -364,7 +365,7 @@ def test_tools_work(name: str, command: str, tmp_path: Path) -> None:
 @needs_kernel
 def test_gcc_compiles_and_the_program_runs(tmp_path: Path) -> None:
     if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
+        lacking("gcc is not installed")
     (tmp_path / "hello.c").write_text('#include <stdio.h>\nint main(void) { puts("hello"); return 0; }\n')
     result = under(default_filter(), "sh", "-c", "gcc hello.c -o hello && ./hello", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "hello\n"), result.stderr
@@ -374,7 +375,7 @@ def test_gcc_compiles_and_the_program_runs(tmp_path: Path) -> None:
 def test_strace_can_skip_a_call() -> None:
     """A tracer that sets the number to -1 must not look like an x32 caller."""
     if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
+        lacking("strace is not installed")
     result = under(default_filter(), "strace", "-f", "-e", "inject=sync:retval=0", "sync")
     assert result.returncode == 0, result.stderr
     assert "INJECTED" in result.stderr

@@ -236,7 +236,8 @@ async def nothing_is_unenforced(executor: Executor) -> str:
 async def idle_cpu(executor: Executor) -> dict[str, float]:
     """The processor time that building each warm sandbox took, by the name of its leaf: it is not the tool's."""
     await executor.warm_up()
-    await trio.sleep(0.5)
+    while any(pool.building for pool in executor.statistics().pools.values()):
+        await trio.sleep(0.01)
     return {leaf.name: account(leaf).cpu for leaf in Path(executor.tree.path).glob("tenant-*/call-*")}
 
 

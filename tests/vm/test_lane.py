@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.requirements import lacking
 from tests.vm import image, initramfs, kernels, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +37,8 @@ Guest = Callable[..., Result]
 
 @pytest.fixture(scope="module", autouse=True)
 def _requirements() -> None:
-    missing = run.missing_requirements(ext4=True)
-    if not missing:
-        return
-    if os.environ.get("CI"):
-        pytest.fail("; ".join(missing))
-    pytest.skip("; ".join(missing))
+    if missing := run.missing_requirements(ext4=True):
+        lacking("; ".join(missing))
 
 
 @pytest.fixture(params=KERNELS)

@@ -12,16 +12,14 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.kernel.wall_names import wall_files, wall_tests
-from tests.vm import kernels, run
+from tests.vm import run
+from tests.vm.guests import KERNELS, ROOT, Guest, started
 
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = os.environ.get("KERNELS", "6.1 6.12").split()
 TIMEOUT = 300
 """Seconds for one kernel; it takes about 60, and twice that on a busy machine."""
 REPORT = "/run/vm/wall.xml"
@@ -29,12 +27,6 @@ KNOWN_SKIPS = {"test_a_workspace_that_is_swapped"}
 """A guest has one processor, on which a race is a matter of minutes."""
 
 pytestmark = pytest.mark.vm
-
-
-class Guest(NamedTuple):
-    process: subprocess.Popen[bytes]
-    stdout: Path
-    stderr: Path
 
 
 class Outcome(NamedTuple):
@@ -52,9 +44,6 @@ class Verdicts(NamedTuple):
 
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Guest]]:
-    """A running guest for each kernel. Emulation has one busy thread, so they do not wait for each other."""
-    if missing := run.missing_requirements(ext4=True):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("; ".join(missing))
     # What a guest imports it had better find compiled: its own writes are lost. And plugins take it as long as pytest itself.
     subprocess.run([sys.executable, "-m", "compileall", "-q", "runtime", "shim", "tests"], cwd=ROOT, check=True)
     suite = [
@@ -67,35 +56,17 @@ def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Guest
         "no:cacheprovider",
         "--assert=plain",
     ]
-    suite += ["--tb=short", f"--junit-xml={REPORT}"]
-    suite += [str(path.relative_to(ROOT)) for path in wall_files()]
-    started: dict[str, Guest] = {}
-    try:
-        for kernel in KERNELS:
-            kernels.ensure(kernel)  # a download is not to count
-            directory = tmp_path_factory.mktemp(f"guest-{kernel}")
-            stdout, stderr = directory / "stdout", directory / "stderr"
-            argv = [sys.executable, "-m", run.__name__, "--ext4", "--timeout", str(TIMEOUT), kernel, "--"]
-            argv += ["sh", "-c", f"{shlex.join(suite)} >&2; status=$?; cat {REPORT}; exit $status"]
-            with stdout.open("wb") as out, stderr.open("wb") as err:
-                process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-            started[kernel] = Guest(process, stdout, stderr)
-        yield started
-    finally:
-        for guest in started.values():
-            guest.process.terminate()
-            guest.process.wait()
+    suite += ["--tb=short", f"--junit-xml={REPORT}", *(str(path.relative_to(ROOT)) for path in wall_files())]
+    script = f"{shlex.join(suite)} >&2; status=$?; cat {REPORT}; exit $status"
+    with started(tmp_path_factory, TIMEOUT, ["sh", "-c", script]) as running:
+        yield running
 
 
 @pytest.fixture(scope="module", params=KERNELS)
 def verdicts(request: pytest.FixtureRequest, guests: dict[str, Guest]) -> Verdicts:
     """What the suite said in a guest with this kernel."""
-    guest = guests[request.param]
-    status = guest.process.wait(TIMEOUT + 30)
-    report, output = guest.stdout.read_text(), guest.stderr.read_text()
-    if status == run.EXIT_TIMED_OUT:
-        raise run.TimedOut(output)
-    if status == run.EXIT_NO_VERDICT or not report:
+    status, report, output = guests[request.param].finish()
+    if not report:
         raise run.LostVM(output)
     outcomes: dict[str, list[Outcome]] = {}
     for case in ET.fromstring(report).iter("testcase"):

@@ -69,11 +69,10 @@ async def _serve(config: DaemonConfig, name: str) -> None:
         async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
             daemon = Daemon(executor, config)
             # A policy that does not load stops the daemon here, where somebody looks, and not a call in the night.
-            count = executor.policies.reload()
+            executor.policies.reload()
             await executor.warm_up("default", count=config.pool_least)
             nursery.start_soon(daemon.serve, listeners)
             notify.notify(f"READY=1\nSTATUS=serving on {config.socket}")
-            _log.info("%d policies", count)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async for number in signals:
                     if number != signal.SIGHUP:
