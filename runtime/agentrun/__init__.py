@@ -9,13 +9,19 @@
 docs/design.md tells how it works, docs/security.md what a sandbox defends against.
 """
 
-from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-from agentrun.executor import Executor, ExecutorConfig, open_executor
-from agentrun.policy import Limits, Policy
-from agentrun.running import Running
-from agentrun.stdio import PIPE
-from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
-from agentrun.workspace import Workspace
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
+    from agentrun.executor import Executor, ExecutorConfig, open_executor
+    from agentrun.policy import Limits, Policy
+    from agentrun.running import Running
+    from agentrun.stdio import PIPE
+    from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+    from agentrun.workspace import Workspace
 
 __all__ = [
     "PIPE",
@@ -40,3 +46,21 @@ __all__ = [
     "open_executor",
 ]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "errors": ("AgentrunError", "HostError", "LimitError", "Overloaded", "SandboxError", "UsageError"),
+    "executor": ("Executor", "ExecutorConfig", "open_executor"),
+    "policy": ("Limits", "Policy"),
+    "running": ("Running",),
+    "stdio": ("PIPE",),
+    "types": ("Outcome", "Result", "Timings", "Unenforced", "Usage", "Verdict"),
+    "workspace": ("Workspace",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Imported when they are first asked for: trio alone takes longer than most tool calls, and not every process needs it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"agentrun.{_HOMES[name]}"), name)

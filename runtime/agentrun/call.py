@@ -12,6 +12,9 @@ from time import monotonic
 import trio
 
 from agentrun import denials
+from agentrun.burst.governor import Governor
+from agentrun.burst.ladder import Mode
+from agentrun.burst.watch import Record
 from agentrun.cgroup.leaf import LeafStats
 from agentrun.deadlines import Deadlines
 from agentrun.egress.ledger import Denial
@@ -19,7 +22,7 @@ from agentrun.errors import HostError, SandboxError, UsageError
 from agentrun.request import Request
 from agentrun.slot import Slot
 from agentrun.stdio import Stdio
-from agentrun.types import Denied, Outcome, Result, Timings, Usage, Verdict
+from agentrun.types import Denied, Outcome, Result, Timings, Unenforced, Usage, Verdict
 from agentrun.zygote import step_name
 from agentrun_shim.plan import Event, PlanError, RunFlag, Step, pack_run
 
@@ -109,7 +112,7 @@ class Call:
         if self.slot is not None:
             self.slot.leaf.kill()
 
-    async def finish(self, deadlines: Deadlines, refusals: denials.Denials) -> Result:
+    async def finish(self, deadlines: Deadlines, refusals: denials.Denials, governor: Governor) -> Result:
         """Wait for the end, or make it at the deadline; then collect and account.
 
         On cancellation the leaf is killed and waited for before ``trio.Cancelled`` goes on.
@@ -144,7 +147,7 @@ class Call:
         refused = [_denied_call(call) for call in refusals.take(slot.id)]
         if slot.network is not None:
             refused += [_denied_target(target) for target in slot.network.denied()]
-        return self._result(status, ended, slot.leaf.stats(), rss, refused, *slot.report())
+        return self._result(status, ended, slot.leaf.stats(), rss, refused, governor.end(slot.leaf), *slot.report())
 
     def _result(
         self,
@@ -153,13 +156,16 @@ class Call:
         stats: LeafStats,
         rss: int,
         refused: Sequence[Denied],
+        memory: Record,
         first_exec: float | None,
         failed: Event | None,
     ) -> Result:
-        outcome, exit_code, number, verdict = self._outcome(status, stats, failed)
+        outcome, exit_code, number, verdict = self._outcome(status, stats, failed, memory)
         if outcome is Outcome.SIGNALED and first_exec is None and not self._signalled:
             raise SlotDied
-        exact = stats.memory_peak is not None
+        peak, source = stats.memory_peak, "memory.peak"
+        if peak is None:
+            peak, source = (rss, "rusage") if memory.peak is None else (memory.peak, "bpf")
         captures, begun = self.stdio.captures, self.started
         return Result(
             id=self.slot.id if self.slot else "",
@@ -173,8 +179,8 @@ class Call:
                 wall=round(ended - (first_exec or self.dispatched), 6),
                 cpu_user=stats.cpu_user,
                 cpu_system=stats.cpu_system,
-                memory_peak=stats.memory_peak if exact else rss,
-                memory_source="memory.peak" if exact else "rusage",
+                memory_peak=peak,
+                memory_source=source,
                 io_read=stats.io_read,
                 io_written=stats.io_written,
                 pids_peak=stats.pids_peak,
@@ -189,18 +195,32 @@ class Call:
             ),
             warm=self.warm,
             verdict=verdict,
-            unenforced=self.request.terms.unenforced,
+            unenforced=self._unenforced(memory),
             denied=tuple(refused),
             hint=self.request.hint,
+            memory_mode=memory.mode.value,
+            bursts=tuple(memory.steps),
         )
 
+    def _unenforced(self, memory: Record) -> tuple[Unenforced, ...]:
+        """What the host could not enforce, or for a part of the call only."""
+        terms = self.request.terms
+        if not memory.lost or memory.mode is not Mode.NONE:
+            return terms.unenforced
+        limits = (("memory.max", terms.limits.memory_max), ("memory.high", terms.limits.memory_high))
+        known = {item.limit for item in terms.unenforced}
+        reason = "the probes process was away while the call ran"
+        return terms.unenforced + tuple(Unenforced(name, reason) for name, size in limits if size and name not in known)
+
     def _outcome(
-        self, status: int, stats: LeafStats, failed: Event | None
+        self, status: int, stats: LeafStats, failed: Event | None, memory: Record
     ) -> tuple[Outcome, int | None, int | None, Verdict | None]:
         code = os.waitstatus_to_exitcode(status)
         exit_code, number = (code, None) if code >= 0 else (None, -code)
         if failed is not None:
             return Outcome.FAILED_TO_START, _start_code(failed), None, _start_verdict(failed, self.request)
+        if memory.killed:
+            return Outcome.MEMORY_KILLED, None, signal.SIGKILL, self._burst_verdict(memory)
         if stats.oom_kills:
             return Outcome.MEMORY_KILLED, None, signal.SIGKILL, self._memory_verdict(stats)
         if self._timed_out:
@@ -212,6 +232,16 @@ class Call:
             return Outcome.CANCELLED, None, number, verdict
         filtered = _KILLED_BY_FILTER if number == signal.SIGSYS and not self._signalled else None
         return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, filtered
+
+    def _burst_verdict(self, memory: Record) -> Verdict:
+        limits = self.request.terms.limits
+        high, burst, peak = limits.memory_high, limits.memory_burst, memory.peak
+        budget = f"{high} bytes" if high is not None else f"{limits.memory_max} bytes"
+        if high is not None and burst:
+            budget += f", and {burst} more for {limits.burst_seconds:g} s"
+        used = "" if peak is None else f"; this call's peak was {peak} bytes"
+        advice = "ask for more memory (--hint memory=high, another policy), or do the work in smaller pieces"
+        return Verdict(reason="memory", message=f"killed: {memory.killed} ({budget}){used}", advice=advice)
 
     def _memory_verdict(self, stats: LeafStats) -> Verdict:
         peak = "" if stats.memory_peak is None else f"; this call's peak was {stats.memory_peak} bytes"

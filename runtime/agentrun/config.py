@@ -9,6 +9,7 @@ import msgspec
 
 from agentrun.errors import UsageError
 from agentrun.executor import ExecutorConfig
+from agentrun.metrics import parse_address
 from agentrun.policy import Limits
 from agentrun.request import check_tenant
 from agentrun.units import parse_size
@@ -26,6 +27,8 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Processes and threads all its calls may have together; every warm sandbox has two."""
     cpus: Annotated[float, msgspec.Meta(ge=0.01, le=4096)] | None = None
     cpu_weight: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
+    """Whose bursts are granted first: what calls of a higher one may still take is set aside."""
     uids: list[int] = []
     """Users other than root who may name this tenant."""
 
@@ -41,6 +44,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool_least: Annotated[int, msgspec.Meta(ge=0)] = 4
     """Warm sandboxes kept for the default policy and tenant; other pairs that are in use keep at most one."""
     pool_most: Annotated[int, msgspec.Meta(ge=1)] = 32
+    metrics: str | None = None
+    """Where Prometheus finds us: ``127.0.0.1:9464``, or the path of a unix socket; nowhere unless it is set."""
+    probes: bool = True
+    """Run the probes process: programs in the kernel that see memory charged and time set-up. Without BCC it says so and ends."""
+    memory_budget: str | None = None
+    """Bytes for all calls together, such as ``16G``; bursts are granted out of it."""
     tenants: dict[str, TenantConfig] = {}
 
 
@@ -58,8 +67,12 @@ def load_config(path: Path | None) -> DaemonConfig:
         for name, tenant in config.tenants.items():
             check_tenant(name)
             _budget(name, tenant)
+        if config.memory_budget is not None:
+            parse_size(config.memory_budget, "memory_budget")
         if config.pool_least > config.pool_most:
             raise UsageError(f"pool_least ({config.pool_least}) is more than pool_most ({config.pool_most})")
+        if config.metrics is not None:
+            parse_address(config.metrics)
     except OSError as error:
         raise UsageError(f"{chosen}: {error.strerror}") from error
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, UsageError) as error:
@@ -72,6 +85,9 @@ def executor_config(config: DaemonConfig, name: str) -> ExecutorConfig:
     return ExecutorConfig(
         name=name, max_running=config.max_running, max_queued=config.max_queued, pool_least=min(1, config.pool_least),
         pool_most=config.pool_most, tenant_limits={name: _budget(name, tenant) for name, tenant in config.tenants.items()},
+        probes=config.probes,
+        memory_budget=parse_size(config.memory_budget, "memory_budget") if config.memory_budget else None,
+        tenant_priorities={name: tenant.priority for name, tenant in config.tenants.items() if tenant.priority},
     )  # fmt: skip
 
 

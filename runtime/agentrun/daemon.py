@@ -16,6 +16,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from time import monotonic, time
+from typing import Any
 
 import msgspec
 import trio
@@ -27,14 +28,17 @@ from agentrun.hints import with_memory
 from agentrun.policy import Policy, parse_net
 from agentrun.policystore import is_path
 from agentrun.protocol import (
+    Bursts,
     Exec,
     Kill,
+    Latency,
     Options,
     ProtocolError,
     Ps,
     Signal,
     Stats,
     Status,
+    Top,
     decode,
     error_frame,
     receive_frame,
@@ -51,6 +55,8 @@ FIRST_FRAME_SECONDS = 10.0
 """A client that connects and says nothing is let go."""
 LAST_FRAME_SECONDS = 30.0
 """A client that does not read its answer is let go."""
+NEWS_KEPT = 1024
+"""Steps of memory control that a slow reader may be behind."""
 _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _log = logging.getLogger("agentrun")
 _PEERCRED = struct.Struct("iII")
@@ -104,11 +110,17 @@ class Daemon:
 
     async def _answer(self, sock: trio.socket.SocketType, rest: bytearray, frame: bytes, fds: list[int]) -> bytes | None:
         try:
+            if self._executor.owns(_peer(sock)[1]):
+                # It found our socket in its workspace. With another policy it would have what its own keeps from it.
+                raise UsageError("a tool call may not ask for tool calls")
             request = decode(frame)
             if isinstance(request, Exec):
                 return await self._exec(sock, rest, request, fds)
             if isinstance(request, Signal):
                 raise ProtocolError("a signal before a call")
+            if isinstance(request, Bursts):
+                await self._tell_bursts(sock, _peer(sock)[1])
+                return None
             return reply_frame(self._ask(request, _peer(sock)[1]))
         finally:
             _close_all(fds)
@@ -173,6 +185,7 @@ class Daemon:
             cwd=options.cwd,
             env=request.env,
             hint=options.hint,
+            timings=bool(options.timings),
             caller=(uid, gid),
         )
 
@@ -207,16 +220,53 @@ class Daemon:
                 own_pipe(fd, owner)
         return Stdio.for_run(stdin, stdout, stderr, owner, self._executor.config.capture_limit)
 
-    def _ask(self, request: Status | Ps | Stats | Kill, uid: int) -> object:
+    async def _tell_bursts(self, sock: trio.socket.SocketType, uid: int) -> None:
+        """Memory control's news, to whoever is connected; what he does not read in time is left out, and counted."""
+        send, receive = trio.open_memory_channel[dict[str, Any]](NEWS_KEPT)
+        missed = 0
+
+        def listen(news: dict[str, Any]) -> None:
+            nonlocal missed
+            if uid != 0 and news["tenant"] != f"uid-{uid}":
+                return
+            call = self._executor.calls().get(news["call"])
+            argv = call.describe()["argv"] if call is not None else []
+            try:
+                send.send_nowait({"time": time(), "argv": argv, "missed": missed, **news})
+            except trio.WouldBlock:
+                missed += 1
+
+        async def watch(scope: trio.CancelScope) -> None:
+            with contextlib.suppress(ProtocolError, OSError):
+                await receive_frame(sock)
+            scope.cancel()
+
+        listeners = self._executor.memory.governor.listeners
+        listeners.add(listen)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, nursery.cancel_scope)
+                async for news in receive:
+                    await _send_all(sock, reply_frame(news))
+        finally:
+            listeners.discard(listen)
+
+    def _ask(self, request: Status | Ps | Stats | Latency | Top | Kill, uid: int) -> object:
         executor = self._executor
         calls = {name: call for name, call in executor.calls().items() if uid == 0 or call.request.tenant == f"uid-{uid}"}
         if isinstance(request, Status):
             return {"pid": os.getpid(), "started": self._started, "cgroup": str(executor.tree.path),
-                    "controllers": sorted(executor.tree.controllers), "running": len(executor.calls())}  # fmt: skip
+                    "controllers": sorted(executor.tree.controllers), "running": len(executor.calls()),
+                    "memory": msgspec.to_builtins(executor.memory.status())}  # fmt: skip
+        if isinstance(request, Top):
+            rows = [row for name, call in calls.items() if (row := executor.usage(name, call)) is not None]
+            return {"calls": rows, "memory": msgspec.to_builtins(executor.memory.status())}
         if isinstance(request, Ps):
             return {"calls": [call.describe() for call in calls.values()]}
         if isinstance(request, Stats):
             return msgspec.to_builtins(executor.statistics())
+        if isinstance(request, Latency):
+            return msgspec.to_builtins(executor.latency.report())
         call = calls.get(request.id)
         if call is None or call.slot is None:
             raise UsageError(f"no call {request.id!r} runs")

@@ -28,8 +28,10 @@ PAUSE = 0.002
 TICK = 0.003
 """Seconds between looks at the listeners. They are looked at, not waited for: the kernel also wakes who waits for one when its
 tool exits (EPOLLHUP), just when the daemon has something better to do; that alone made short calls a tenth longer."""
+SLOWER = 1.1
+"""By how much the looks become rarer while no call begins and nothing is refused: what has not been refused at once seldom is."""
 IDLE_TICK = 0.05
-"""The same while no call runs; the first one's first refusal may wait so long."""
+"""The same while no call runs, and the most while one does."""
 QUICK = 0.005
 """Seconds after a refusal for which the next ones are waited for after all: refusals come in bursts."""
 _TURN = 64
@@ -61,12 +63,21 @@ class Denials:
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self.running = 0
-        """Calls that run: their owner counts them here."""
+        self._running, self._tick = 0, IDLE_TICK
         self._epoll = select.epoll()
         self._by_key: dict[Hashable, _Listener] = {}
         self._by_fd: dict[int, _Listener] = {}
         self._slow: list[_Listener] = []
+
+    @property
+    def running(self) -> int:
+        """Calls that run: their owner counts them here, and says so whenever one begins or ends."""
+        return self._running
+
+    @running.setter
+    def running(self, count: int) -> None:
+        self._running = count
+        self._tick = TICK if count else IDLE_TICK
 
     def watch(self, fd: int, key: Hashable, profile: Profile) -> None:
         """Answer the listener ``fd`` as ``profile`` decides, and count under ``key``. It is ours from now on, but after an error.
@@ -110,7 +121,8 @@ class Denials:
                     with trio.move_on_after(PAUSE if self._slow else QUICK):
                         await trio.lowlevel.wait_readable(self._epoll.fileno())
                 else:
-                    await trio.sleep(PAUSE if self._slow else TICK if self.running else IDLE_TICK)
+                    await trio.sleep(PAUSE if self._slow else self._tick)
+                    self._tick = min(IDLE_TICK, self._tick * SLOWER)
                 now = trio.current_time()
                 if self._slow and now >= slow:
                     slow = now + PAUSE
@@ -118,7 +130,8 @@ class Denials:
                 for fd, events in self._epoll.poll(0, _TURN):
                     listener = self._by_fd.get(fd)
                     if listener is not None:
-                        quick = now + QUICK if events & select.EPOLLIN else quick
+                        if events & select.EPOLLIN:
+                            quick, self._tick = now + QUICK, TICK
                         self._serve(listener, events)
         finally:
             self.close()

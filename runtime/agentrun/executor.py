@@ -24,12 +24,14 @@ import msgspec
 import trio
 
 from agentrun import rootfs
+from agentrun.burst.control import Control
 from agentrun.call import Call, SlotDied
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
 from agentrun.deadlines import Deadlines
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
 from agentrun.hints import apply_hint
+from agentrun.latency import Latency, Report
 from agentrun.policy import Policy
 from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
@@ -54,6 +56,12 @@ class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
     """Calls that may wait; more are refused with ``Overloaded``."""
     capture_limit: int = 1 << 20
     """Bytes kept of each captured stream."""
+    probes: bool = False
+    """Start the probes process: programs in the kernel that see memory charged, and act at once. Takes BCC and some 120 MB."""
+    memory_budget: int | None = None
+    """Bytes for all calls together; bursts are granted out of it."""
+    tenant_priorities: Mapping[str, int] = {}
+    """Whose bursts come first: the higher; 0 for who is not named."""
 
 
 class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,13 +74,17 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
     stuck: int
     """Sandboxes that could not be removed; each was logged."""
     pools: dict[str, PoolStats]
+    latency: Report
+    """How long the phases of sandboxes took."""
 
 
 class Executor:
     """Runs tool calls. Made by ``open_executor``."""
 
-    def __init__(self, config: ExecutorConfig, tree: Tree, fleet: Fleet) -> None:
+    def __init__(self, config: ExecutorConfig, tree: Tree, fleet: Fleet, memory: Control, latency: Latency) -> None:
         self.config = config
+        self.memory = memory
+        self.latency = latency
         self.tree = tree
         self._fleet = fleet
         self._deadlines = Deadlines()
@@ -99,6 +111,7 @@ class Executor:
         stderr: int | None = None,
         timeout: float | None = None,
         hint: str | None = None,
+        timings: bool = False,
     ) -> Result:
         """Run one command in a fresh sandbox and wait for it.
 
@@ -111,6 +124,7 @@ class Executor:
             stdout, stderr: a descriptor to write to; else captured, up to ``capture_limit`` bytes each.
             timeout: seconds, instead of the policy's.
             hint: the memory the call will need, such as ``memory:high`` or ``memory:4g``; see ``agentrun.hints``.
+            timings: have ``phases`` in the result, as far as the kernel's programs recorded them.
 
         Cancelling it kills the call's leaf, waits for it, and goes on cancelling.
 
@@ -124,7 +138,7 @@ class Executor:
         try:
             request = self.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
-                env=env, timeout=timeout, hint=hint,
+                env=env, timeout=timeout, hint=hint, timings=timings,
             )  # fmt: skip
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
@@ -175,6 +189,7 @@ class Executor:
         env: Mapping[str, str] | Sequence[bytes] | None = None,
         timeout: float | None = None,
         hint: str | None = None,
+        timings: bool = False,
         caller: tuple[int, int] | None = None,
     ) -> Request:
         """Check a request and fill in its defaults.
@@ -208,6 +223,7 @@ class Executor:
             timeout=timeout,
             tenant=tenant,
             hint=asked,
+            timings=timings,
             workspace_fd=workspace_fd,
             workspace_path=path,
             workspace_mode="ro" if workspace_mode == "ro" else "rw",
@@ -250,9 +266,12 @@ class Executor:
         while True:
             slot, call.warm = await pool.lease()
             call.leased = monotonic()
+            if not call.warm:
+                self.latency.cold(slot.leaf.id)
             try:
                 if terms.files is not None:
                     self._fleet.adjust(slot, terms.files)
+                self.memory.governor.begin(slot.leaf, terms.limits)
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):
@@ -261,7 +280,10 @@ class Executor:
                 if running is not None:
                     running.started(call)
                 try:
-                    return await call.finish(self._deadlines, self._fleet.denials)
+                    result = await call.finish(self._deadlines, self._fleet.denials, self.memory.governor)
+                    if call.request.timings:
+                        result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
+                    return result
                 except SlotDied:
                     if running is not None:
                         raise  # its descriptors are not ours any more
@@ -302,6 +324,18 @@ class Executor:
         """The calls that run now, by id."""
         return dict(self._calls)
 
+    def owns(self, uid: int) -> bool:
+        """Whether a host uid is a tool's of ours: then it is no caller."""
+        return self._fleet.owns(uid)
+
+    def usage(self, name: str, call: Call) -> dict[str, Any] | None:
+        """What a call uses now, for ``agentrun top``: bytes, seconds, and percent of the last ten seconds that it was stalled."""
+        slot = call.slot
+        memory = None if slot is None else self.memory.governor.row(slot.leaf)
+        if slot is None or memory is None:
+            return None
+        return {"call": name, "tenant": call.request.tenant, **call.describe(), **memory, **slot.leaf.load()}
+
     def statistics(self) -> ExecutorStats:
         """The executor at this moment."""
         return ExecutorStats(
@@ -311,6 +345,7 @@ class Executor:
             refused=self._refused,
             stuck=self._fleet.stuck,
             pools=self._fleet.statistics(),
+            latency=self.latency.report(),
         )
 
     async def _close(self) -> None:
@@ -355,8 +390,11 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         try:
             async with trio.open_nursery() as nursery:
-                fleet = Fleet(chosen, tree, nursery, life_read)
-                executor = Executor(chosen, tree, fleet)
+                memory = Control(tree, probes=chosen.probes, budget=chosen.memory_budget, priorities=chosen.tenant_priorities)
+                latency = Latency(tree.level + 2)
+                fleet = Fleet(chosen, tree, nursery, life_read, memory.governor, latency)
+                executor = Executor(chosen, tree, fleet, memory, latency)
+                nursery.start_soon(memory.run, name="agentrun memory")
                 nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
                 nursery.start_soon(fleet.denials.run, name="agentrun denials")
                 nursery.start_soon(fleet.do_chores, name="agentrun chores")
@@ -367,6 +405,8 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                     with trio.CancelScope(shield=True):
                         await executor._close()
                     nursery.cancel_scope.cancel()
+            memory.close()
+            latency.detach()
         finally:
             os.close(life_write)
             os.close(life_read)

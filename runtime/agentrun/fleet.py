@@ -13,12 +13,15 @@ import trio
 import trio.testing
 
 from agentrun import rootfs
+from agentrun.burst.governor import Governor
+from agentrun.burst.headroom import Budget
 from agentrun.cgroup.limits import plan_budget
 from agentrun.cgroup.tree import Tree
 from agentrun.denials import Denials
 from agentrun.egress.path import EgressPath
 from agentrun.egress.rules import parse_rules
 from agentrun.errors import HostError, SandboxError
+from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun.pool import Pool, PoolStats
 from agentrun.shape import ID_RANGE, Shape, shape_of
@@ -52,10 +55,13 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Fleet:
     """Pools by tenant and shape."""
 
-    def __init__(self, config: FleetConfig, tree: Tree, nursery: trio.Nursery, life_read: int) -> None:
+    def __init__(
+        self, config: FleetConfig, tree: Tree, nursery: trio.Nursery, life_read: int, governor: Governor, latency: Latency
+    ) -> None:
         """Everything is built below ``tree`` and in ``nursery``; slots end when ``life_read`` sees its end of file."""
+        self.governor, self._latency = governor, latency
         self._config, self._tree, self._nursery = config, tree, nursery
-        self._zygotes = Zygotes(nursery, life_read, config.id_base)
+        self._zygotes = Zygotes(nursery, life_read, config.id_base, latency)
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
         self._built = 0
@@ -82,7 +88,10 @@ class Fleet:
     def _make_pool(self, tenant: str, shape: Shape) -> Pool:
         base = self.id_base(tenant)
         maps = ((False, 0, base, ID_RANGE), (True, 0, base, ID_RANGE))
-        self._tree.tenant(tenant, plan_budget(self.budget(tenant)))
+        budget = self.budget(tenant)
+        fd = self._tree.tenant(tenant, plan_budget(budget))
+        if budget.memory_max is not None:
+            self.governor.budgets[tenant] = Budget(fd, budget.memory_max)
         files, _ = self._tree.plan(shape.limits)
 
         async def build() -> Slot:
@@ -109,10 +118,13 @@ class Fleet:
                 self._zygotes.do_without_listener()
                 await self._renew()
             return await self._build(shape, tenant, name, files, maps)
+        self.governor.register(slot.leaf, tenant)
+        self._latency.leaf(slot.leaf.id, self._latency.shape(shape, shape.label))
         if slot.listener >= 0:
             try:
                 self.denials.watch(slot.listener, slot.id, self._zygotes.profile(shape.seccomp))
             except (OSError, ValueError) as error:
+                self._forget(slot)
                 await slot.dispose()
                 raise HostError(f"watching a sandbox's refused calls: {error}") from error  # out of descriptors, or closing
             slot.listener = -1
@@ -120,7 +132,7 @@ class Fleet:
             try:
                 slot.network = await self._open_network(slot, shape)
             except BaseException:
-                self.denials.forget(slot.id)
+                self._forget(slot)
                 await slot.dispose()
                 raise
         return slot
@@ -169,6 +181,10 @@ class Fleet:
         """What all calls of a tenant may use together."""
         return self._config.tenant_limits.get(tenant, _NO_LIMITS)
 
+    def owns(self, uid: int) -> bool:
+        """Whether a host uid is one of those that tools have, or strangers in their workspaces."""
+        return 0 <= uid - self._config.id_base < (len(self._tenants) + 1) * ID_RANGE
+
     def id_base(self, tenant: str) -> int:
         """The first host id of a tenant's range.
 
@@ -210,8 +226,13 @@ class Fleet:
     def _discard(self, slot: Slot) -> None:
         self._nursery.start_soon(self._dispose, slot)
 
-    async def _dispose(self, slot: Slot) -> None:
+    def _forget(self, slot: Slot) -> None:
         self.denials.forget(slot.id)
+        self.governor.forget(slot.leaf)
+        self._latency.forget(slot.leaf.id)
+
+    async def _dispose(self, slot: Slot) -> None:
+        self._forget(slot)
         try:
             await slot.dispose()
         except HostError as error:
@@ -237,5 +258,5 @@ class Fleet:
         self._do_chores()
         for pool in self._pools.values():
             pool.close()
-        for zygote in self._zygotes.forget():
+        for zygote in self._zygotes.close():
             await zygote.aclose()

@@ -15,7 +15,7 @@ from agentrun.units import GIB, MIB
 
 Network = Literal["none", "host", "egress"]
 NETWORKS = ("none", "host", "egress")
-Exhausted = Literal["kill", "stop", "notify"]
+Exhausted = Literal["kill", "stop", "throttle", "notify"]
 
 MASKED = (
     "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi",
@@ -38,6 +38,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     burst_seconds: float | None = None
     on_exhausted: Exhausted = "kill"
     """What happens when a burst has used up its allowance."""
+    throttle_seconds: float = 2.0
+    """How long a call may be throttled before it is frozen."""
+    freeze_seconds: float = 10.0
+    """How long it may be frozen before it is killed."""
     pids_max: int | None = 512
     """Processes and threads of one call."""
     cpus: float | None = None

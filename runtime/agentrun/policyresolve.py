@@ -73,6 +73,8 @@ def _limits(t: PolicyTables) -> p.Limits:
         # Whoever takes back a burst that was inherited takes back its time too.
         burst_seconds=None if t.memory.burst == "none" else _given(t.memory.burst_seconds, base.burst_seconds),
         on_exhausted=_given(t.memory.on_exhausted, base.on_exhausted),
+        throttle_seconds=_given(t.memory.throttle_seconds, base.throttle_seconds),
+        freeze_seconds=_given(t.memory.freeze_seconds, base.freeze_seconds),
         pids_max=_or_none(t.pids.max, base.pids_max),
         cpus=_or_none(t.cpu.max, base.cpus),
         cpu_burst=_or_none(t.cpu.burst, base.cpu_burst),

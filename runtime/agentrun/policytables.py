@@ -23,6 +23,7 @@ Size = Annotated[str, Meta(pattern=f"^{_SIZE}{_END}", description='a size such a
 SizeOrNone = Annotated[str, Meta(pattern=f"^(none|{_SIZE}){_END}", description='a size such as "512M", or "none"')]
 SizeOrZero = Annotated[str, Meta(pattern=f"^(none|{_SIZE}){_END}", description='a size such as "512M", "0", or "none"')]
 Seconds = Annotated[float, Meta(ge=0.001, le=1e9, description="a number of seconds (0.001 to 1000000000)")]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=3600, description="a number of seconds (0 to 3600)")]
 WholeSeconds = Annotated[int, Meta(ge=1, le=10**9, description="a whole number of seconds (1 to 1000000000)")]
 Weight = Annotated[int, Meta(ge=1, le=10000, description="a whole number from 1 to 10000")]
 User = Annotated[int, Meta(ge=1, le=65535, description="a whole number from 1 to 65535; no tool is root")]
@@ -56,6 +57,8 @@ class MemoryTable(_Table, frozen=True, kw_only=True):
     burst: SizeOrNone | UnsetType = UNSET
     burst_seconds: Seconds | UnsetType = UNSET
     on_exhausted: p.Exhausted | UnsetType = UNSET
+    throttle_seconds: SecondsOrZero | UnsetType = UNSET
+    freeze_seconds: SecondsOrZero | UnsetType = UNSET
 
 
 class CpuTable(_Table, frozen=True, kw_only=True):

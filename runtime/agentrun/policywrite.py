@@ -94,6 +94,8 @@ def _memory(policy: Policy) -> MemoryTable:
         # There is no "none": it goes with the burst.
         burst_seconds=UNSET if limits.burst_seconds is None else _whole(limits.burst_seconds) or UNSET,
         on_exhausted=limits.on_exhausted,
+        throttle_seconds=_whole(limits.throttle_seconds) or 0,
+        freeze_seconds=_whole(limits.freeze_seconds) or 0,
     )
 
 

@@ -39,6 +39,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     workspace: Literal["rw", "ro"] = "rw"
     best_effort: str = ""
     capture: str = ""
+    timings: str = ""
 
 
 class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True, kw_only=True):
@@ -72,6 +73,18 @@ class Stats(_Request, frozen=True):
     """Counters and pools."""
 
 
+class Latency(_Request, frozen=True):
+    """How long the phases of sandboxes took."""
+
+
+class Top(_Request, frozen=True):
+    """What do the calls that run use?"""
+
+
+class Bursts(_Request, frozen=True):
+    """What memory control does from now on: a reply for each thing, until the connection is closed."""
+
+
 class Kill(_Request, frozen=True, kw_only=True):
     """End a call, or signal it."""
 
@@ -79,7 +92,7 @@ class Kill(_Request, frozen=True, kw_only=True):
     signal: int | None = None
 
 
-Request = Exec | Signal | Status | Ps | Stats | Kill
+Request = Exec | Signal | Status | Ps | Stats | Latency | Top | Bursts | Kill
 
 _decoder = msgspec.msgpack.Decoder(Request)
 _encode = msgspec.msgpack.Encoder().encode

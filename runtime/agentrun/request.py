@@ -34,6 +34,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     caller: tuple[int, int] = (0, 0)
     """The uid and gid whose rights the workspace is used with."""
     hint: Hint | None = None
+    timings: bool = False
+    """The result is to have its phases."""
 
 
 def encode_argv(argv: Sequence[Text]) -> tuple[bytes, ...]:

@@ -48,6 +48,11 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     process: Process
     seccomp: str
 
+    @property
+    def label(self) -> str:
+        """What people know it by; others may have the same."""
+        return f"{self.net}/{self.seccomp}"
+
 
 def shape_of(policy: Policy) -> Shape:
     """The shape of a policy."""

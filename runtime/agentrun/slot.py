@@ -212,14 +212,31 @@ async def build_slot(
 
 async def _abandon(leaf: Leaf) -> None:
     """Remove a leaf whose sandbox nobody took over: a zygote that died may have left clones in it, and they are ours."""
-    pids = leaf.pids()
-    if pids:
+    if leaf.pids():
         leaf.kill()
-    for pid in reversed(pids):  # the runner before init
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(pid, os.WNOHANG) == (0, 0):
-                await trio.sleep(0.001)
+    # All of them at once: init cannot end before the runner has been collected, and which is which we were not told.
+    while pids := _children_in(leaf):
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        await trio.sleep(0.001)
     await remove_leaf(leaf)
+
+
+def _children_in(leaf: Leaf) -> list[int]:
+    """Our children in a leaf. Also the dead, which its cgroup.procs does not list: cgroups(7)."""
+    place, found = "/".join(["", *leaf.where.rsplit("/", 3)[1:]]).encode(), []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
+                if int(stat.read().rpartition(b")")[2].split()[1]) != os.getpid():
+                    continue
+                with open(f"/proc/{name}/cgroup", "rb") as cgroup:
+                    # A dead process's may be followed by " (deleted)".
+                    paths = [line.partition(b"::")[2].split(b" ")[0] for line in cgroup.read().splitlines()]
+                if any(path.endswith(place) for path in paths):
+                    found.append(int(name))
+    return found
 
 
 async def _wait_ready(slot: Slot) -> None:

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from agentrun.burst.ladder import Mode
 from agentrun.cgroup.tree import Tree
 from agentrun.egress.rules import parse_rules
 from agentrun.environment import BASE_ENV, env_pairs
 from agentrun.errors import LimitError, UsageError
 from agentrun.fleet import Fleet
 from agentrun.hints import check_budget
-from agentrun.policy import DEFAULT, Policy
+from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun.pool import Pool
 from agentrun.types import Unenforced
 
+COUNTED = frozenset({"memory.max", "memory.high"})
+"""What the programs in the kernel enforce where there is no memory controller."""
 _KEPT = 1024
 """Pairs of policy and tenant that are remembered."""
 
@@ -25,6 +28,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """A policy for a tenant, ready to be used."""
 
     policy: Policy
+    limits: Limits
+    """The policy's; the very object of the built-in default where they are equal."""
     pool: Pool
     files: Mapping[str, str] | None
     """Control files in which the leaf differs from the pool's."""
@@ -61,6 +66,12 @@ class TermsBook:
         self._tree, self._fleet = tree, fleet
         self._met: dict[tuple[int, str], Terms] = {}
         self._equal: dict[tuple[Policy, str, bool], Terms] = {}
+        fleet.governor.on_mode = self.forget
+
+    def forget(self) -> None:
+        """What can be enforced has changed."""
+        self._met.clear()
+        self._equal.clear()
 
     def find(self, policy: Policy, tenant: str, *, hinted: bool = False) -> Terms:
         """The terms of a policy for a tenant. A memory limit that comes from a hint is reported where it cannot be enforced,
@@ -75,8 +86,7 @@ class TermsBook:
         terms = self._met.get((id(policy), tenant))
         if terms is None or terms.policy is not policy:
             if len(self._equal) >= _KEPT:
-                self._met.clear()
-                self._equal.clear()
+                self.forget()
             terms = self._equal.get((policy, tenant, hinted))
             if terms is None:
                 terms = self._equal[policy, tenant, hinted] = self._work_out(policy, tenant, hinted)
@@ -87,6 +97,8 @@ class TermsBook:
     def _work_out(self, policy: Policy, tenant: str, hinted: bool) -> Terms:
         limits = policy.limits
         files, missing = self._tree.plan(limits)
+        if self._fleet.governor.mode is Mode.BPF:
+            missing = tuple(item for item in missing if item.limit not in COUNTED)
         check_enforced(tuple(m for m in missing if not (hinted and m.limit.startswith("memory."))), policy, DEFAULT)
         check_budget(policy, DEFAULT, self._fleet.budget(tenant).memory_max, tenant)
         if policy.net == "egress":
@@ -94,6 +106,7 @@ class TermsBook:
         env = _environment(policy)
         return Terms(
             policy=policy,
+            limits=DEFAULT.limits if limits == DEFAULT.limits else limits,
             pool=self._fleet.pool(tenant, policy),
             files=None if limits == DEFAULT.limits else files,
             unenforced=missing,

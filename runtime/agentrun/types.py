@@ -76,6 +76,20 @@ class Unenforced(msgspec.Struct, frozen=True):
     reason: str
 
 
+class BurstStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of a call on the ladder of memory control; see docs/design.md."""
+
+    rung: str
+    """``within``, ``granted``, ``noticed``, ``throttled``, ``frozen`` or ``killed``."""
+    at: float
+    """Seconds since the call was dispatched."""
+    usage: int
+    """Bytes it used then."""
+    reason: str
+    reaction: float | None = None
+    """Seconds from what the kernel saw to what was done; null where nothing in the kernel saw it."""
+
+
 class Hint(msgspec.Struct, frozen=True, kw_only=True):
     """A memory hint as it was taken."""
 
@@ -121,6 +135,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     denied: tuple[Denied, ...] = ()
     """What was refused, where the kernel lets us see it: system calls of the filter, addresses of the network."""
     hint: Hint | None = None
+    memory_mode: str = "none"
+    """What held the call to its memory: ``controller+bpf``, ``bpf``, ``controller`` or ``none``; the weakest while it ran."""
+    bursts: tuple[BurstStep, ...] = ()
+    """What memory control did, where the policy has a steady budget."""
+    phases: dict[str, float | None] | None = None
+    """Seconds of each phase of its sandbox, for a call that asked (docs/latency.md); null for what was not seen in the kernel."""
     private_runtime: bool = False
     """No daemon was there: a runtime was started for this one call."""
 

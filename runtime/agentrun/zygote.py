@@ -92,6 +92,11 @@ class Zygote:
         await self._request(plan, fds)
 
     @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._pid
+
+    @property
     def alive(self) -> bool:
         """It has neither exited nor hung up; dying, it hangs up first."""
         if self._hung_up:
@@ -149,7 +154,9 @@ class Zygote:
                 try:
                     data, ancillary, _, _ = self._sock.recvmsg(DONE_SIZE + 1, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
                 except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self._sock)
+                    # Cancelled with the executor it would leave those who wait for an answer alone; ``close`` ends it.
+                    with trio.CancelScope(shield=True):
+                        await trio.lowlevel.wait_readable(self._sock)
                     continue
                 if not data:
                     return

@@ -16,6 +16,7 @@ from agentrun import rootfs
 from agentrun.binds import open_source
 from agentrun.egress.etc import hosts, resolv_conf
 from agentrun.errors import HostError
+from agentrun.latency import Latency
 from agentrun.policy import DEFAULT
 from agentrun.rootfs import NOBODY, add_bind
 from agentrun.shape import Shape, plan_shape, shape_of
@@ -45,12 +46,14 @@ class View(NamedTuple):
 class Zygotes:
     """Zygotes by shape, started when they are first asked for."""
 
-    def __init__(self, nursery: trio.Nursery, life_read: int, strangers: int) -> None:
+    def __init__(self, nursery: trio.Nursery, life_read: int, strangers: int, latency: Latency) -> None:
         """Their slots end when ``life_read`` sees its end of file; ``strangers`` is the first of 65,536 host ids of nobody's."""
+        self._latency = latency
         self._nursery, self._life_read, self._strangers = nursery, life_read, strangers
         self._started: dict[tuple[Shape, int], tuple[Zygote, View]] = {}
         self._lock = trio.Lock()
         self._generation = 0
+        self._closed = False
         self._profiles: dict[str, Profile] = {}
         self._notify = True
 
@@ -71,6 +74,8 @@ class Zygotes:
             return found[0]
         async with self._lock:
             while True:
+                if self._closed:
+                    raise HostError("the executor is closing")
                 found, generation = self._started.get(key), self._generation
                 if found and found[0].alive:
                     return found[0]
@@ -84,6 +89,7 @@ class Zygotes:
 
     async def _start(self, shape: Shape, id_base: int) -> Zygote:
         zygote = Zygote.spawn(self._life_read, self._nursery)
+        self._latency.zygote(zygote, self._latency.shape(shape, shape.label))
         try:
             await self._give_shape(zygote, shape, id_base)
         except BaseException:
@@ -139,6 +145,11 @@ class Zygotes:
     def do_without_listener(self) -> None:
         """Filters report nothing from now on; for zygotes that are started after this."""
         self._notify = False
+
+    def close(self) -> list[Zygote]:
+        """From this moment on whoever asks is refused; the zygotes are the caller's to end."""
+        self._closed = True
+        return self.forget()
 
     def forget(self) -> list[Zygote]:
         """From this moment on whoever asks gets a new one; the old ones are the caller's to end (``Zygote.aclose``)."""

@@ -22,6 +22,7 @@ static const char help[] =
     "  --best-effort           run even where a limit of the policy cannot be enforced\n"
     "  --json                  capture the output and print the whole result as JSON\n"
     "  --result FILE           write the result as JSON to FILE\n"
+    "  --timings               have in the result how long each phase of the sandbox took\n"
     "  --no-tty                no terminal for the command, even if this is one\n"
     "  --no-daemon             run without the daemon, in a private runtime (slower)\n"
     "  --socket PATH           the daemon's socket; default $AGENTRUN_SOCKET, /run/agentrun/agentrun.sock\n"
@@ -34,7 +35,7 @@ static const char help[] =
     "  75     queue full: try again      2    wrong usage or refused request\n";
 
 const char *const option_names[OPTIONS] = {
-    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "tenant", "workspace", "best-effort", "capture",
+    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "tenant", "workspace", "best-effort", "capture", "timings",
     "env", "result", "socket", "no-daemon", "no-tty", "help",
 };
 
@@ -68,7 +69,7 @@ int parse(int argc, char **argv, char **envp, const char *value[OPTIONS], unsign
         }
         if (given) *given++ = 0;
         enum option o = option_named(arg);
-        bool flag = o == BEST_EFFORT || o == CAPTURE || o >= NO_DAEMON;
+        bool flag = (o >= BEST_EFFORT && o < SENT) || o >= NO_DAEMON;
         if (o == OPTIONS) fail(2, "unknown option '", arg, "'", see, NULL);
         if (flag && given) fail(2, "option '", arg, "' takes no value", see, NULL);
         if (!flag && !given) {

@@ -54,7 +54,9 @@ def memory(draw):
     if draw(st.booleans()):
         tree |= {
             "swap": draw(st.sampled_from(["0", "none", "1G", "0M"])),
-            "on_exhausted": draw(st.sampled_from(["kill", "stop"])),
+            "on_exhausted": draw(st.sampled_from(["kill", "stop", "throttle", "notify"])),
+            "throttle_seconds": draw(st.floats(0, 3600)),
+            "freeze_seconds": draw(st.integers(0, 3600)),
         }
     return tree
 

@@ -21,7 +21,7 @@ def test_request_carries_everything(start, daemon, tmp_path):
     files = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("in", "out", "err")]
     client = start(
         *("--policy", "strict", "--cwd=/src", "--timeout", "2.5", "--memory=1G", "--cpus", "2", "--pids", "9"),
-        *("--net", "none", "--tenant", "t", "--best-effort", f"--workspace={workspace}:ro", "--policy=last"),
+        *("--net", "none", "--tenant", "t", "--best-effort", "--timings", f"--workspace={workspace}:ro", "--policy=last"),
         *("--env", "A=1=2", "--env=B=", "--env", "HOME", "--env", "UNSET", "--", "prog", "--json", b"\xff", ""),
         stdin=files[0], stdout=files[1], stderr=files[2], env={"HOME": "/h", "HOMEX": "no"},
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_request_carries_everything(start, daemon, tmp_path):
     assert call.request.env == [b"A=1=2", b"B=", b"HOME=/h"]
     assert call.request.options == {
         "policy": "last", "cwd": "/src", "timeout": "2.5", "memory": "1G", "cpus": "2", "pids": "9", "net": "none",
-        "tenant": "t", "best-effort": "1", "workspace": "ro",
+        "tenant": "t", "best-effort": "1", "timings": "1", "workspace": "ro",
     }  # fmt: skip
     assert call.request.fds == ["stdin", "stdout", "stderr", "workspace"]
     for name, file in zip(("stdin", "stdout", "stderr"), files, strict=True):

@@ -16,6 +16,7 @@ max_running = 8
 max_queued = 0
 pool_least = 0
 pool_most = 1
+metrics = "127.0.0.1:9464"
 
 [tenants.ci]
 memory = "4G"
@@ -37,7 +38,7 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
 def test_every_key(tmp_path):
     config = load_config(write(tmp_path, GOOD))
     assert config == DaemonConfig(
-        socket="/run/x.sock", group="agents", max_running=8, max_queued=0, pool_least=0, pool_most=1,
+        socket="/run/x.sock", group="agents", max_running=8, max_queued=0, pool_least=0, pool_most=1, metrics="127.0.0.1:9464",
         tenants={
             "ci": TenantConfig(memory="4G", pids=100, cpus=1.5, cpu_weight=50, uids=[1000, 1001]),
             "a.b": TenantConfig(),

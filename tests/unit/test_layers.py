@@ -53,6 +53,15 @@ BOTTOM = {
     "agentrun.rootfs": {"agentrun.errors", "agentrun.policy", "agentrun.binds"},
     "agentrun.workspace": {"agentrun.errors"},
     "agentrun.zygote": {"agentrun.errors"},
+    "agentrun.bpfmaps": set(),
+    "agentrun.histogram": set(),
+    "agentrun.latency": {"agentrun.bpfmaps", "agentrun.burst.layout", "agentrun.histogram"},
+    "agentrun.probes": {"agentrun.probes"},
+    "agentrun.burst.ladder": {"agentrun.policy"},
+    "agentrun.burst.layout": set(),
+    "agentrun.burst.link": set(),
+    "agentrun.burst.table": {"agentrun.bpfmaps", "agentrun.burst.layout"},
+    "agentrun.burst.headroom": {"agentrun.cgroup", "agentrun.units"},
     "agentrun.egress": {"agentrun.errors", "agentrun.egress"},
 }
 
@@ -138,6 +147,8 @@ def test_process_making_is_seen():
 
 MAY = {
     "agentrun.zygote": {"posix_spawn"},
+    "agentrun.burst.link": {"posix_spawn"},
+    "agentrun.probes.tracefs": {"unshare"},  # in the probes process, which is not the daemon
     "agentrun.egress.netns": {"setns"},  # in a thread that is started for it and ends there: test_egress.py counts them
 }
 

@@ -88,6 +88,8 @@ MEANINGS = {
     "memory.burst": ('memory = { high = "1G", burst = "1G", burst_seconds = 5 }', "limits.memory_burst", GIB),
     "memory.burst_seconds": ('memory = { high = "1G", burst = "1G", burst_seconds = 5 }', "limits.burst_seconds", 5.0),
     "memory.on_exhausted": ('memory.on_exhausted = "stop"', "limits.on_exhausted", "stop"),
+    "memory.throttle_seconds": ("memory.throttle_seconds = 0", "limits.throttle_seconds", 0.0),
+    "memory.freeze_seconds": ("memory.freeze_seconds = 1.5", "limits.freeze_seconds", 1.5),
     "cpu.max": ("cpu.max = 1.5", "limits.cpus", 1.5),
     "cpu.burst": ("cpu = { max = 1, burst = 0.1 }", "limits.cpu_burst", 0.1),
     "cpu.weight": ("cpu.weight = 50", "limits.cpu_weight", 50),

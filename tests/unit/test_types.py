@@ -42,6 +42,9 @@ def test_the_json_of_a_result_is_frozen():
         "unenforced": [{"limit": "cpu.max", "reason": "no cpu controller"}],
         "denied": [{"kind": "syscall", "what": "bpf", "reason": "EPERM", "count": 3}],
         "hint": {"asked": "memory:high", "memory_max": 1024, "clamped_to": "tenant"},
+        "memory_mode": "none",
+        "bursts": [],
+        "phases": None,
         "private_runtime": False,
     }  # fmt: skip
 

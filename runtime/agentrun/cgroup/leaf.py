@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from agentrun.cgroup.files import read_file, write_file
-from agentrun.cgroup.stats import parse_cpu, parse_flat, parse_io, parse_number
+from agentrun.cgroup.stats import parse_cpu, parse_flat, parse_io, parse_number, parse_pressure
 from agentrun.errors import HostError
 
 
@@ -36,7 +36,7 @@ class Leaf:
     ``fd`` is -1 once closed, so that a number the kernel gave to somebody else can never be used by mistake.
     """
 
-    __slots__ = ("_built_system", "_built_user", "_files", "_parent_fd", "controllers", "fd", "name", "where")
+    __slots__ = ("_built_system", "_built_user", "_files", "_parent_fd", "controllers", "fd", "id", "name", "where")
 
     def __init__(self, parent_fd: int, name: str, where: str, controllers: frozenset[str], files: Mapping[str, str]) -> None:
         """Make the leaf and write ``files`` (control file → text) to it, before any process can be in it.
@@ -50,10 +50,13 @@ class Leaf:
             raise HostError(f"making the leaf {where}/{name}: {error.strerror}") from error
         self._parent_fd, self.name, self.where, self.controllers = parent_fd, name, f"{where}/{name}", controllers
         self.fd = -1
+        self.id = 0
+        """Its cgroup id, by which the kernel's programs know it."""
         self._files: dict[str, int] = {}
         self._built_user = self._built_system = 0.0
         try:
             self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent_fd)
+            self.id = os.fstat(self.fd).st_ino
             for file, text in files.items():
                 write_file(self.fd, file, text, self.where)
         except BaseException:
@@ -104,6 +107,10 @@ class Leaf:
         with contextlib.suppress(FileNotFoundError):
             write_file(self.fd, "cgroup.kill", "1", self.where)
 
+    def freeze(self, frozen: bool) -> None:
+        """Stop everything in it, or let it go on (cgroup.freeze). What sits in a long system call stops when that returns."""
+        write_file(self.fd, "cgroup.freeze", "1" if frozen else "0", self.where)
+
     def stats(self) -> LeafStats:
         """Read its account once; meant for when nothing runs in it any more."""
         fd, has = self.fd, self.controllers
@@ -121,6 +128,15 @@ class Leaf:
             io_read=io[0],
             io_written=io[1],
         )
+
+    def load(self) -> dict[str, float | None]:
+        """Processor seconds so far, and PSI: percent of the last ten seconds in which something of it had to wait."""
+        user, system, _ = parse_cpu(self._read("cpu.stat"))
+        return {
+            "cpu": round(user + system - self._built_user - self._built_system, 6),
+            "psi_cpu": parse_pressure(read_file(self.fd, "cpu.pressure")),
+            "psi_memory": parse_pressure(read_file(self.fd, "memory.pressure")),
+        }
 
     def remove_nowait(self) -> bool:
         """rmdir it; False while the kernel still sees a dying process there (EBUSY). A leaf already gone is removed."""

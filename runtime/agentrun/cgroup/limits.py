@@ -16,6 +16,9 @@ def plan_limits(limits: Limits) -> dict[str, str]:
     if limits.memory_max is not None:
         files["memory.oom.group"] = "1"
         files["memory.max"] = str(limits.memory_max)
+    if limits.memory_high is not None:
+        # Alone it would let a tool crawl for ever; whoever writes it has a governor that sees to what follows.
+        files["memory.high"] = str(limits.memory_high)
     if limits.memory_swap_max is not None:
         files["memory.swap.max"] = str(limits.memory_swap_max)
     if limits.pids_max is not None:
@@ -40,6 +43,7 @@ def plan_budget(limits: Limits) -> dict[str, str]:
     """
     files = plan_limits(limits)
     files.pop("memory.oom.group", None)
+    files.pop("memory.high", None)
     if limits.pids_max is not None:
         files["pids.max"] = str(limits.pids_max)
     return files

@@ -33,6 +33,15 @@ def parse_io(text: bytes) -> tuple[int, int]:
     return read, written
 
 
+def parse_pressure(text: bytes | None) -> float | None:
+    """A PSI file → ``avg10`` of its ``some`` line, percent; None where the kernel has no PSI (Documentation/accounting/psi)."""
+    for line in (text or b"").splitlines():
+        words = line.split()
+        if words[:1] == [b"some"] and words[1].startswith(b"avg10="):
+            return float(words[1][6:])
+    return None
+
+
 def parse_number(text: bytes | None) -> int | None:
     """A single-value file; ``None`` for a missing file and for ``max``."""
     return int(text) if text and text.strip().isdigit() else None

@@ -117,6 +117,12 @@ class Tree:
             self.close()
             raise
 
+    @property
+    def level(self) -> int:
+        """How deep it is in the cgroup tree; the root is 0. Within a cgroup namespace, as deep as that shows."""
+        mount = find_mount()
+        return 0 if mount is None else len(self.path.relative_to(mount).parts)
+
     def _enable(self) -> frozenset[str]:
         """Enable our controllers from the base down; returns those the leaves will have."""
         base_fd = os.open(self.base.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -144,9 +150,6 @@ class Tree:
         if limits not in self._plans:
             files = plan_limits(limits)
             missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self.files)
-            if limits.memory_high is not None:
-                # A bare memory.high does not limit, it livelocks: the steady budget is for a governor to enforce.
-                missing += (Unenforced("memory.high", "this version has no burst control; memory.max holds"),)
             self._plans[limits] = (
                 {name: text for name, text in files.items() if name in self.files},
                 tuple(item for item in missing if item.limit not in COVERED),

@@ -19,6 +19,9 @@ VERBS = {
     "ps": ("query", "the calls that run now"),
     "kill": ("query", "end a call, or signal it"),
     "stats": ("query", "pools and counters"),
+    "lat": ("lat", "how long the phases of sandboxes take, as histograms"),
+    "top": ("top", "the calls that run, with their memory, processor time and pressure"),
+    "bursts": ("bursts", "what memory control sees and does, as it happens"),
     "policy": ("policy", "list, show, check and compare policies"),
     "doctor": ("doctor", "try what agentrun needs of this host, feature by feature"),
 }

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from agentrun.config import DaemonConfig, executor_config, load_config
 from agentrun.daemon import Daemon, open_listener
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor, ExecutorConfig, open_executor
+from agentrun.metrics import open_metrics, serve_metrics
 from agentrun.protocol import error_frame
 
 NICE = -10
@@ -66,27 +68,55 @@ async def _serve(config: DaemonConfig, name: str) -> None:
     else:
         listeners = [open_listener(config.socket, _group_id(config.group))]
     try:
-        async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
-            daemon = Daemon(executor, config)
-            # A policy that does not load stops the daemon here, where somebody looks, and not a call in the night.
-            executor.policies.reload()
-            await executor.warm_up("default", count=config.pool_least)
-            nursery.start_soon(daemon.serve, listeners)
-            notify.notify(f"READY=1\nSTATUS=serving on {config.socket}")
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-                async for number in signals:
-                    if number != signal.SIGHUP:
-                        break
-                    _reload(executor, config)
-            with contextlib.suppress(OSError):  # whoever wanted to know may be gone
-                notify.notify("STOPPING=1")
-            nursery.cancel_scope.cancel()
+        with _metrics_listener(config) as scraped:
+            await _run(config, name, listeners, scraped)
     finally:
         for listener in listeners:
             listener.close()
         if not passed:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(config.socket)
+
+
+async def _run(
+    config: DaemonConfig, name: str, listeners: list[trio.socket.SocketType], scraped: trio.socket.SocketType | None
+) -> None:
+    async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
+        daemon = Daemon(executor, config)
+        # A policy that does not load stops the daemon here, where somebody looks, and not a call in the night.
+        executor.policies.reload()
+        # Or the first calls would not be held to limits that only the programs can enforce, and be refused.
+        await executor.memory.wait_ready()
+        await executor.warm_up("default", count=config.pool_least)
+        nursery.start_soon(daemon.serve, listeners)
+        if scraped is not None:
+            nursery.start_soon(serve_metrics, scraped, executor)
+        notify.notify(f"READY=1\nSTATUS=serving on {config.socket}")
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    break
+                _reload(executor, config)
+        with contextlib.suppress(OSError):  # whoever wanted to know may be gone
+            notify.notify("STOPPING=1")
+        nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _metrics_listener(config: DaemonConfig) -> Iterator[trio.socket.SocketType | None]:
+    """Where Prometheus comes, if it is to; the file of a unix socket goes with it."""
+    if config.metrics is None:
+        yield None
+        return
+    local = config.metrics.startswith("/")
+    listener = open_listener(config.metrics, _group_id(config.group)) if local else open_metrics(config.metrics)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        if local:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(config.metrics)
 
 
 def _reload(executor: Executor, config: DaemonConfig) -> None:

@@ -1,0 +1,93 @@
+"""How much memory may still be granted, and to whom first: a banker's rule over everything that may burst.
+
+Whoever is ahead of a call, by priority or because its burst began earlier, has what it may still take set aside. So the first in
+line can always finish, whatever those behind it hold, and when it has, the next one can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from agentrun.cgroup.files import read_file
+from agentrun.cgroup.stats import parse_number
+from agentrun.units import MIB
+
+STEP = 16 * MIB
+"""The least that is worth beginning a burst with."""
+RESERVE_LEAST = 128 * MIB
+RESERVE_SHARE = 0.05
+"""Of the machine's memory, which no burst may use: the host has to live as well."""
+
+
+class Claim(NamedTuple):
+    """What one call uses, and how far it may go."""
+
+    priority: int
+    since: float
+    """When its burst began; infinite if it has none."""
+    usage: int
+    limit: int
+
+    def is_behind(self, other: Claim) -> bool:
+        """The other one's needs come first."""
+        return (other.priority, -other.since) > (self.priority, -self.since)
+
+
+def available(claim: Claim, others: Iterable[Claim], free: int) -> int:
+    """How many more bytes of ``free`` ones a call may take, with what those ahead of it may still take set aside."""
+    reserved = sum(max(0, other.limit - other.usage) for other in others if claim.is_behind(other))
+    return min(claim.limit - claim.usage, free - reserved)
+
+
+def worth_it(claim: Claim, more: int, *, granted: bool) -> bool:
+    """Whether so many more bytes are a grant; less keeps one than begins one, or it would come and go with every page."""
+    wanted = claim.limit - claim.usage
+    return more >= min(wanted, STEP // 4 if granted else STEP)
+
+
+def host_free(meminfo: str = "/proc/meminfo") -> int:
+    """Bytes of the machine that may be granted: what it can give without swapping, less the reserve."""
+    total = available = 0
+    with open(meminfo, "rb") as file:
+        for line in file.read(4096).splitlines():
+            name, _, rest = line.partition(b":")
+            if name == b"MemTotal":
+                total = int(rest.split()[0]) * 1024
+            elif name == b"MemAvailable":
+                available = int(rest.split()[0]) * 1024
+                break
+    return available - max(RESERVE_LEAST, int(total * RESERVE_SHARE))
+
+
+class Budget(NamedTuple):
+    """A cgroup with a limit for all that is below it."""
+
+    fd: int
+    limit: int
+
+    def free(self, used: Callable[[], int]) -> int:
+        """Bytes left: the controller's account of it, or where there is none the sum of what its calls use.
+
+        Page cache does not count as used: the kernel drops it before it says no.
+        """
+        current = parse_number(read_file(self.fd, "memory.current"))
+        if current is None:
+            return self.limit - used()
+        return self.limit - current + reclaimable(self.fd)
+
+
+def reclaimable(dirfd: int) -> int:
+    """Bytes of a cgroup's page cache, which the kernel drops or writes back: memory.stat's file, less tmpfs and locked pages."""
+    stat = _stat(dirfd)
+    return max(0, stat.get(b"file", 0) - stat.get(b"shmem", 0) - stat.get(b"unevictable", 0))
+
+
+def _stat(dirfd: int) -> Mapping[bytes, int]:
+    words = (read_file(dirfd, "memory.stat") or b"").split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+def usage_of(dirfd: int) -> int | None:
+    """memory.current of a cgroup, bytes; None without a memory controller."""
+    return parse_number(read_file(dirfd, "memory.current"))

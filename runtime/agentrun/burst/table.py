@@ -1,0 +1,180 @@
+"""The leaves that the daemon and the programs in the kernel both know, in memory that both see: the maps of ``bpf/judge.h``."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from time import monotonic_ns
+from typing import NamedTuple
+
+from agentrun.bpfmaps import Map, Memory, Ring
+from agentrun.burst.layout import constants, layouts
+
+_C = constants()
+_LEAF, _EVENT, _SETTINGS = layouts()["leaf"], layouts()["event"], layouts()["settings"]
+_ORDERS = _LEAF.part("steady", "looked")
+_ARMED = _LEAF.fields["armed"].offset
+_STATE = _LEAF.part("pages", "kills")
+_ACCOUNT = _LEAF.part("usage", "kills")
+_JUDGED = _LEAF.part("usage", "credit")
+_EVENT_STRUCT = _EVENT.part("ns", "comm")
+ACTS = {"notify": _C["ACT_NOTIFY"], "stop": _C["ACT_STOP"], "throttle": _C["ACT_NOTIFY"], "kill": _C["ACT_KILL"]}
+"""What the programs do by themselves when a burst is used up; the rest is the governor's."""
+WHY = {_C[f"WHY_{name}"]: name.lower() for name in ("CROSSED", "BELOW", "EXHAUSTED", "CEILING", "UNSTOPPABLE")}
+NO_LIMIT = _C["NO_LIMIT"]
+
+
+class Orders(NamedTuple):
+    """What the programs hold a leaf to. Bytes and seconds; ``None`` is no limit."""
+
+    steady: int | None
+    ceiling: int | None
+    burst: int
+    burst_seconds: float
+    slack: int
+    on_exhausted: int
+    on_ceiling: int
+
+
+class State(NamedTuple):
+    """What the programs say of a leaf; see ``struct leaf``."""
+
+    pages: int
+    usage: int
+    peak: int
+    credit: int
+    looked_us: int
+    crossed_ns: int
+    struck_ns: int
+    struck_usage: int
+    state: int
+    stops: int
+    kills: int
+
+
+class Event(NamedTuple):
+    """Something that came true for a leaf; see ``struct event``."""
+
+    ns: int
+    id: int
+    usage: int
+    limit: int
+    credit: int
+    slot: int
+    pid: int
+    why: str
+    act: int
+    comm: str
+
+
+class Table:
+    """The maps of one probes process. Numbers of leaves are handed out in turn, so that one is used again as late as can be."""
+
+    def __init__(self, maps: Mapping[str, int], level: int) -> None:
+        """Take over the descriptors in ``maps``. Leaves are at ``level`` of the cgroup tree; the root's children are 1."""
+        self._slots = Map(maps["slots"], 8, 4)
+        self._leaves = Memory(maps["leaves"], _LEAF.size, _C["LEAVES"])
+        self._settings = Memory(maps["settings"], _SETTINGS.size, 1)
+        self._counters = Memory(maps["counters"], layouts()["counters"].size, 1)
+        self.ring = Ring(maps["events"], _C["RING_SIZE"])
+        self._level = level
+        self._used: set[int] = set()
+        self._last = self._generation = 0
+        struct.pack_into("@II4I", self._settings.view, 0, 0, 1, level, 0, 0, 0)
+
+    def add(self, identity: int) -> int:
+        """Watch the leaf with this cgroup id; returns its number, or 0 if there are as many as can be.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        if len(self._used) >= _C["LEAVES"] - 1:
+            return 0
+        number = self._last
+        while True:
+            number = number % (_C["LEAVES"] - 1) + 1
+            if number not in self._used:
+                break
+        at = number * _LEAF.size
+        self._leaves.view[at : at + _LEAF.size] = bytes(_LEAF.size)
+        struct.pack_into("@Q", self._leaves.view, at, identity)
+        self._slots.update(identity.to_bytes(8, "little"), number.to_bytes(4, "little"))
+        self._used.add(number)
+        self._last = number
+        self._changed()
+        return number
+
+    def remove(self, number: int, identity: int) -> None:
+        """Forget a leaf."""
+        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _ARMED, 0)
+        self._slots.delete(identity.to_bytes(8, "little"))
+        self._used.discard(number)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._generation = (self._generation + 1) & 0xFFFFFFFF
+        struct.pack_into("@I", self._settings.view, 0, self._generation)
+
+    def arm(self, number: int, orders: Orders) -> None:
+        """Hold a leaf to these from now on, with a full allowance; what it has used so far counts."""
+        view, at = self._leaves.view, number * _LEAF.size
+        struct.pack_into("@I", view, at + _ARMED, 0)
+        usage = max(0, _STATE.unpack_from(view, at + _LEAF.fields["pages"].offset)[0]) * 4096
+        capacity = int(orders.burst * orders.burst_seconds * 1e6) >> 10
+        # Below the steady budget the allowance is full again after burst_seconds.
+        back = orders.burst >> 10
+        now = monotonic_ns() // 1000
+        _ACCOUNT.pack_into(view, at + _LEAF.fields["usage"].offset, usage, usage, capacity, now, 0, 0, 0, 0, 0, 0)
+        steady = NO_LIMIT if orders.steady is None else orders.steady
+        ceiling = NO_LIMIT if orders.ceiling is None else orders.ceiling
+        _ORDERS.pack_into(
+            view, at + 8, steady, ceiling, back, capacity, 0, orders.slack, self._level, 1,
+            orders.on_exhausted, orders.on_ceiling, 0, 0,
+        )  # fmt: skip
+
+    def disarm(self, number: int) -> None:
+        """Judge a leaf no more; it is still counted."""
+        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _ARMED, 0)
+
+    def state(self, number: int) -> State:
+        """A leaf at this moment."""
+        return State(*_STATE.unpack_from(self._leaves.view, number * _LEAF.size + _LEAF.fields["pages"].offset))
+
+    def correct(self, number: int, usage: int, cache: int, credit: float) -> None:
+        """Tell the programs what a leaf uses now and has left: they see charges, but not what is given back, nor what is cache.
+
+        ``usage`` is without the ``cache``, bytes; ``credit`` is byte-seconds.
+        """
+        view, at, fields = self._leaves.view, number * _LEAF.size, _LEAF.fields
+        peak = max(usage, struct.unpack_from("@Q", view, at + fields["peak"].offset)[0])
+        struct.pack_into("@Q", view, at + fields["discount"].offset, cache)
+        _JUDGED.pack_into(view, at + fields["usage"].offset, usage, peak, int(credit * 1e6) >> 10)
+        struct.pack_into("@Q", view, at + fields["looked_us"].offset, monotonic_ns() // 1000)
+        struct.pack_into("@I", view, at + fields["looked"].offset, 1)
+
+    def release(self, number: int) -> None:
+        """Its stopped tasks are let go: the next time they are to be stopped is a new one."""
+        view, at, fields = self._leaves.view, number * _LEAF.size, _LEAF.fields
+        (episode,) = struct.unpack_from("@I", view, at + fields["episode"].offset)
+        struct.pack_into("@I", view, at + fields["episode"].offset, (episode + 1) & 0xFFFFFFFF)
+        struct.pack_into("@QQII", view, at + fields["struck_ns"].offset, 0, 0, 0, 0)  # to stops
+
+    def events(self) -> Iterator[Event]:
+        """What came true since the last time."""
+        for record in self.ring.read():
+            ns, identity, usage, limit, credit, slot, pid, why, act, comm = _EVENT_STRUCT.unpack(record)
+            name = comm.rstrip(b"\0").decode(errors="replace")
+            yield Event(ns, identity, usage, limit, credit, slot, pid, WHY.get(why, "?"), act, name)
+
+    @property
+    def lost(self) -> int:
+        """Events that found the ring buffer full; what they were for was done in the kernel all the same."""
+        lost: int = struct.unpack_from("@Q", self._counters.view)[0]
+        return lost
+
+    def close(self) -> None:
+        """Let go of the maps."""
+        self._slots.close()
+        self.ring.close()
+        for memory in (self._leaves, self._settings, self._counters):
+            memory.close()
