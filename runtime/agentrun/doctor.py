@@ -14,6 +14,8 @@ import msgspec
 import trio
 
 from agentrun import rootfs
+from agentrun.burst.control import Control
+from agentrun.burst.ladder import Mode
 from agentrun.cgroup.tree import CONTROLLERS, Tree, find_base
 from agentrun.errors import AgentrunError, HostError
 from agentrun.policy import DEFAULT
@@ -58,7 +60,7 @@ async def examine(socket_path: str) -> Report:
         except AgentrunError as error:
             usable = False
             findings.append(Finding("sandbox", "missing", str(error), 'see docs/design.md, "What the host must give"'))
-    return Report(usable, [*findings, _landlock(), _descriptors(), _daemon(socket_path), _bpf()])
+    return Report(usable, [*findings, _landlock(), _descriptors(), *await _memory(), _daemon(socket_path)])
 
 
 def _root() -> list[Finding]:
@@ -197,5 +199,38 @@ def _daemon(path: str) -> Finding:
     return Finding("daemon", "works", path)
 
 
-def _bpf() -> Finding:
-    return Finding("BPF burst enforcement", "missing", "not in this version; memory.max is the only memory limit")
+async def _memory() -> list[Finding]:
+    """Start a probes process of our own, and see in which way calls would be held to their memory."""
+    try:
+        tree = Tree(find_base(), f"doctor-{os.getpid()}")
+    except HostError as error:
+        return [Finding("memory control", "missing", str(error))]
+    memory = Control(tree, probes=True, budget=None, priorities={})
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(memory.run)
+            await memory.wait_ready()
+            status = memory.status()
+            nursery.cancel_scope.cancel()
+    finally:
+        memory.close()
+        tree.close()
+    refused = "; ".join(f"{hook}: {why}" for hook, why in status.refused.items())
+    if status.hook:
+        detail = f"{status.hook}, attached in {status.seconds:.2f} s; the probes process takes {status.memory >> 20} MB"
+        found = [Finding("programs in the kernel", "works", f"{detail} ({refused})" if refused else detail)]
+    else:
+        fix = "apt-get install python3-bpfcc; a kernel with BPF, BTF and tracepoints"
+        found = [Finding("programs in the kernel", "missing", refused or "the probes process did not answer", fix)]
+    return [*found, Finding("memory control", _HOLDS[status.mode], f"mode {status.mode}: {MEANS[Mode(status.mode)]}")]
+
+
+_HOLDS: dict[str, Literal["works", "degraded", "missing"]] = {
+    Mode.CONTROLLER_BPF: "works", Mode.BPF: "works", Mode.CONTROLLER: "degraded", Mode.NONE: "missing",
+}  # fmt: skip
+MEANS = {
+    Mode.CONTROLLER_BPF: "memory.max and memory.high hold, programs in the kernel detect and strike",
+    Mode.BPF: "there is no memory controller; programs in the kernel count each page of a call, and strike",
+    Mode.CONTROLLER: "memory.max and memory.high hold; bursts are noticed by the kernel's events, later than by programs in it",
+    Mode.NONE: "nothing holds calls to their memory; what requires a limit is refused",
+}

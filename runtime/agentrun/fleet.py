@@ -91,7 +91,7 @@ class Fleet:
         budget = self.budget(tenant)
         fd = self._tree.tenant(tenant, plan_budget(budget))
         if budget.memory_max is not None:
-            self.governor.budgets[tenant] = Budget(fd, budget.memory_max)
+            self.governor.funds.budgets[tenant] = Budget(fd, budget.memory_max)
         files, _ = self._tree.plan(shape.limits)
 
         async def build() -> Slot:

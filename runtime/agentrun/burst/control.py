@@ -52,7 +52,7 @@ class Control:
         if budget is not None:
             if "memory" in tree.controllers:
                 write_file(tree.fd, "memory.max", str(budget), str(tree.path))
-            self.governor.budgets[""] = Budget(tree.fd, budget)
+            self.governor.funds.budgets[""] = Budget(tree.fd, budget)
         self._said: dict[str, Any] = {}
         hooks = CONTROLLER_HOOKS if "memory" in tree.controllers else PAGE_HOOKS
         self.link = Link({"burst": hooks}, self._take, self._lost) if probes else None

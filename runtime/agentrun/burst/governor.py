@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 from collections.abc import Callable, Mapping
 from time import monotonic_ns
@@ -17,9 +16,10 @@ from typing import Any
 
 import trio
 
-from agentrun.burst.headroom import Budget, available, host_free, reclaimable, usage_of, worth_it
+from agentrun.burst.headroom import Funds, available, reclaimable, usage_of, worth_it
 from agentrun.burst.ladder import Mode, Rung, Situation, Step, climb
-from agentrun.burst.table import ACTS, NO_LIMIT, Event, Orders, Table
+from agentrun.burst.notices import Notices
+from agentrun.burst.table import ACTS, Event, Orders, Table
 from agentrun.burst.watch import NO_RECORD, Record, Watch
 from agentrun.cgroup.leaf import Leaf
 from agentrun.errors import HostError
@@ -27,8 +27,6 @@ from agentrun.policy import DEFAULT, Limits
 
 TICK = 0.05
 """Seconds between two looks at the calls that are above their budgets; what cannot wait so long wakes us."""
-FRESH = 0.01
-"""Seconds for which what the host has free is taken for granted: several calls are looked at together."""
 SLACK = max(4 << 20, (os.cpu_count() or 1) * 64 * 4096)
 """Bytes above memory.high in which the programs leave it to the kernel to brake until we have looked, for it may be page cache
 that it drops: large folios of files, and the batch of 64 pages (MEMCG_CHARGE_BATCH) that each CPU takes."""
@@ -57,19 +55,16 @@ class Governor:
     def __init__(self, controller: bool, level: int, priorities: Mapping[str, int]) -> None:
         """``controller``: leaves have memory.max. ``level`` is theirs in the cgroup tree. ``priorities`` by tenant, 0 else."""
         self._controller, self._level, self._priorities = controller, level, priorities
-        self.budgets: dict[str, Budget] = {}
-        """Of tenants; "" is everybody's."""
+        self.funds = Funds(self._used)
         self._table: Table | None = None
         self._entries: dict[int, _Entry] = {}
         self._active: set[Watch] = set()
         self._wake = trio.Event()
-        self._epoll = select.epoll()
-        self._notices: dict[int, _Entry] = {}
+        self._notices = Notices()
         self.listeners: set[Listener] = set()
         """Get every step and event as it happens; for ``agentrun bursts``."""
         self.on_mode: Callable[[], None] = lambda: None
         self.lost_before = 0
-        self._free: dict[str, tuple[float, int]] = {}
 
     @property
     def mode(self) -> Mode:
@@ -101,13 +96,15 @@ class Governor:
         table, self._table = self._table, None
         if table is None:
             return
+        for entry in self._entries.values():
+            self._continue(entry, table)  # nobody would
         self.lost_before += table.lost
         trio.lowlevel.notify_closing(table.ring.fd)
         table.close()
         for entry in self._entries.values():
             entry.number, entry.lost = 0, True
             if entry.watch is not None and self._controller:
-                self._heed(entry)
+                self._heed(entry.watch)
         self.on_mode()
 
     # ------------------------------------------------------------------ leaves and calls
@@ -152,14 +149,12 @@ class Governor:
         if limits.memory_high is not None and self.mode is not Mode.NONE:
             entry.watch = Watch(leaf, entry.tenant, limits, self._priorities.get(entry.tenant, 0), trio.current_time())
             if self._table is None:
-                self._heed(entry)
-            elif (
-                self._controller
-                and limits.memory_burst
-                and worth_it(entry.watch.claim(), more := self._available(entry.watch), granted=False)
-            ):
-                # The programs will tell when it crosses its budget; until somebody says no, nothing has to brake it there.
-                self._open(entry.watch, more)
+                self._heed(entry.watch)
+            elif self._controller and limits.memory_burst:
+                more = self._available(entry.watch)
+                if worth_it(entry.watch.claim(), more, granted=False):
+                    # The programs will tell when it crosses its budget; until somebody says no, nothing has to brake it there.
+                    self._open(entry.watch, more)
 
     def end(self, leaf: Leaf) -> Record:
         """A call has ended: its record. Nothing is done to its leaf from here on."""
@@ -181,7 +176,7 @@ class Governor:
         steps = tuple(watch.steps) if watch is not None else ()
         if watch is not None:
             self._active.discard(watch)
-            self._ignore(entry)
+            self._notices.ignore(watch.notice)
             entry.watch = None  # nothing is set aside for it any more
         return Record(mode, peak, killed, steps, entry.lost)
 
@@ -192,7 +187,7 @@ class Governor:
             return
         if entry.watch is not None:
             self._active.discard(entry.watch)
-            self._ignore(entry)
+            self._notices.ignore(entry.watch.notice)
         if self._table is not None and entry.number:
             self._table.remove(entry.number, leaf.id)
 
@@ -202,7 +197,7 @@ class Governor:
         """Listen and look until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hear_kernel)
-            nursery.start_soon(self._hear_controller)
+            nursery.start_soon(self._notices.run)
             nursery.start_soon(self._tick)
 
     async def _hear_kernel(self) -> None:
@@ -224,7 +219,7 @@ class Governor:
         if entry is None or entry.number != event.slot:
             return
         self._tell({"event": event.why, "usage": event.usage, "limit": event.limit, "pid": event.pid, "comm": event.comm,
-                    "overshoot": max(0, event.usage - event.limit)}, entry.leaf)  # fmt: skip
+                    "overshoot": max(0, event.usage - event.limit)}, entry)  # fmt: skip
         if event.act == _KILL and event.why in ("exhausted", "ceiling", "unstoppable"):
             self._kill(entry, self._sentence(entry, event.usage), event.usage, event.ns)
         watch = entry.watch
@@ -233,31 +228,8 @@ class Governor:
                 watch.bucket.empty()
             self._look(watch, trio.current_time(), event.ns)
 
-    async def _hear_controller(self) -> None:
-        """memory.events of the calls with a steady budget, where no program sees charges: EPOLLPRI tells of a change."""
-        while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
-            for fd, _ in self._epoll.poll(0):
-                with contextlib.suppress(OSError):
-                    os.pread(fd, 4096, 0)  # or it would tell for ever
-                entry = self._notices.get(fd)
-                if entry is not None and entry.watch is not None:
-                    self._look(entry.watch, trio.current_time(), None)
-
-    def _heed(self, entry: _Entry) -> None:
-        try:
-            fd = os.open("memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=entry.leaf.fd)
-        except OSError:
-            return  # the leaf is going
-        os.pread(fd, 4096, 0)
-        self._notices[fd] = entry
-        self._epoll.register(fd, select.EPOLLPRI)
-
-    def _ignore(self, entry: _Entry) -> None:
-        for fd in [fd for fd, other in self._notices.items() if other is entry]:
-            self._epoll.unregister(fd)
-            del self._notices[fd]
-            os.close(fd)
+    def _heed(self, watch: Watch) -> None:
+        watch.notice = self._notices.heed(watch.leaf.fd, lambda: self._look(watch, trio.current_time(), None))
 
     async def _tick(self) -> None:
         while True:
@@ -283,15 +255,8 @@ class Governor:
             rung=watch.rung, usage=watch.usage, credit=credit, headroom=headroom, can_throttle=self._controller, now=now,
             until=watch.until,
         ), watch.limits)  # fmt: skip
-        if (
-            step is not None
-            and not headroom
-            and credit > 0
-            and step.rung in (Rung.FROZEN, Rung.KILLED)
-            and self._make_room(watch)
-        ):
-            step = None
-        if step is not None:
+        stands_still = step is not None and step.rung in (Rung.FROZEN, Rung.KILLED) and credit > 0 and not headroom
+        if step is not None and not (stands_still and self._make_room(watch)):
             self._take(entry, watch, step, seen_ns)
         if self._controller and watch.rung is Rung.GRANTED:
             self._open(watch, whole + more)
@@ -300,7 +265,7 @@ class Governor:
         else:
             self._active.discard(watch)
         if watch.rung not in (Rung.FROZEN, Rung.KILLED):
-            self._continue(entry)
+            self._continue(entry, self._table)
 
     def _usage(self, entry: _Entry) -> int:
         usage = usage_of(entry.leaf.fd) if self._controller else None
@@ -314,20 +279,7 @@ class Governor:
 
     def _available(self, watch: Watch) -> int:
         others = [entry.watch.claim() for entry in self._others(watch) if entry.watch is not None]
-        return available(watch.claim(), others, min(self._free_of("host"), self._free_of(""), self._free_of(watch.tenant)))
-
-    def _free_of(self, what: str) -> int:
-        """Bytes the host has free, or everybody's budget (""), or a tenant's."""
-        now = trio.current_time()
-        looked, free = self._free.get(what, (float("-inf"), 0))
-        if now - looked > FRESH:
-            budget = self.budgets.get(what)
-            if what == "host":
-                free = host_free()
-            else:
-                free = NO_LIMIT if budget is None else budget.free(lambda: self._used(what))
-            self._free[what] = now, free
-        return free
+        return available(watch.claim(), others, self.funds.free(watch.tenant, trio.current_time()))
 
     def _make_room(self, watch: Watch) -> bool:
         """The call stands still for want of memory. If others wait as well, and it is ahead of them, the last in line goes."""
@@ -376,16 +328,12 @@ class Governor:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENODEV, errno.ENOENT):
                 raise
             return  # it has ended meanwhile
-        reaction = None if seen_ns is None else round((monotonic_ns() - seen_ns) / 1e9, 6)
-        taken = watch.note(step.rung, watch.usage, step.reason, reaction)
-        self._tell(
-            {"event": "step", "rung": taken.rung, "usage": taken.usage, "reason": taken.reason, "reaction": reaction}, watch.leaf
-        )
+        self._record(entry, watch, step.rung, watch.usage, step.reason, seen_ns)
 
-    def _continue(self, entry: _Entry) -> None:
+    def _continue(self, entry: _Entry, table: Table | None) -> None:
         """Take back the SIGSTOP by which the programs held tasks until the governor had looked."""
-        if self._table is not None and entry.number and self._table.state(entry.number).stops:
-            self._table.release(entry.number)
+        if table is not None and entry.number and table.state(entry.number).stops:
+            table.release(entry.number)
             for pid in entry.leaf.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
@@ -395,10 +343,13 @@ class Governor:
             return
         entry.killed = reason
         entry.leaf.kill()
+        self._record(entry, entry.watch, Rung.KILLED, usage, reason, seen_ns)
+
+    def _record(self, entry: _Entry, watch: Watch | None, rung: Rung, usage: int, reason: str, seen_ns: int | None) -> None:
         reaction = None if seen_ns is None else round((monotonic_ns() - seen_ns) / 1e9, 6)
-        if entry.watch is not None:
-            entry.watch.note(Rung.KILLED, usage, reason, reaction)
-        self._tell({"event": "step", "rung": "killed", "usage": usage, "reason": reason, "reaction": reaction}, entry.leaf)
+        if watch is not None:
+            watch.note(rung, usage, reason, reaction)
+        self._tell({"event": "step", "rung": rung.value, "usage": usage, "reason": reason, "reaction": reaction}, entry)
 
     def _sentence(self, entry: _Entry, usage: int) -> str:
         """Why the programs killed it, in the ladder's words."""
@@ -409,18 +360,14 @@ class Governor:
             return "it was to be stopped above its budget, and sat in a system call that only death ends"
         return "its burst allowance is used up" if limits.memory_burst else "above its memory budget"
 
-    def _tell(self, news: dict[str, Any], leaf: Leaf) -> None:
-        if not self.listeners:
-            return
-        entry = self._entries.get(leaf.id)
-        tenant = entry.tenant if entry is not None else ""
+    def _tell(self, news: dict[str, Any], entry: _Entry) -> None:
         for listener in tuple(self.listeners):
-            listener({"call": leaf.name.removeprefix("call-"), "tenant": tenant, **news})
+            listener({"call": entry.leaf.name.removeprefix("call-"), "tenant": entry.tenant, **news})
 
     def close(self) -> None:
         """Let go of everything; no leaf is left."""
         self.detach()
-        self._epoll.close()
+        self._notices.close()
 
     def row(self, leaf: Leaf) -> dict[str, Any] | None:
         """A call's memory now, for ``agentrun top``. ``credit``: seconds its allowance lasts if it uses all of it."""

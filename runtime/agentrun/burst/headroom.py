@@ -7,6 +7,7 @@ line can always finish, whatever those behind it hold, and when it has, the next
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from agentrun.cgroup.files import read_file
@@ -15,6 +16,8 @@ from agentrun.units import MIB
 
 STEP = 16 * MIB
 """The least that is worth beginning a burst with."""
+FRESH = 0.01
+"""Seconds for which what is free is taken for granted: several calls are looked at together."""
 RESERVE_LEAST = 128 * MIB
 RESERVE_SHARE = 0.05
 """Of the machine's memory, which no burst may use: the host has to live as well."""
@@ -75,6 +78,30 @@ class Budget(NamedTuple):
         if current is None:
             return self.limit - used()
         return self.limit - current + reclaimable(self.fd)
+
+
+class Funds:
+    """What there is to grant from: the host, and the budgets of everybody ("") and of tenants."""
+
+    def __init__(self, used: Callable[[str], int]) -> None:
+        """``used``: bytes that the calls of a tenant, or of everybody, use; for where there is no memory controller."""
+        self._used = used
+        self.budgets: dict[str, Budget] = {}
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def free(self, tenant: str, now: float) -> int:
+        """Bytes a tenant's calls may still have: the least of the host's, everybody's and its own."""
+        free = self._look("host", now, host_free)
+        for name in ("", tenant):
+            if (budget := self.budgets.get(name)) is not None:
+                free = min(free, self._look(f"tenant {name}", now, partial(budget.free, partial(self._used, name))))
+        return free
+
+    def _look(self, what: str, now: float, look: Callable[[], int]) -> int:
+        looked, free = self._seen.get(what, (float("-inf"), 0))
+        if now - looked > FRESH:
+            self._seen[what] = now, free = now, look()
+        return free
 
 
 def reclaimable(dirfd: int) -> int:

@@ -25,6 +25,8 @@ class Watch:
         self.steps: list[BurstStep] = []
         self.started = monotonic()
         self.since = float("inf")
+        self.notice = -1
+        """Of ``notices``, where the controller's own are what wakes the governor."""
         self.usage = self.high = 0
         """Bytes it uses, and its memory.high as it was written last (0: its steady budget, -1: none)."""
 
@@ -42,7 +44,7 @@ class Watch:
         """What it uses and may use."""
         return Claim(self.priority, self.since, self.usage, self.limit)
 
-    def note(self, rung: Rung, usage: int, reason: str, reaction: float | None) -> BurstStep:
+    def note(self, rung: Rung, usage: int, reason: str, reaction: float | None) -> None:
         """Put a step on record."""
         self.rung = rung
         if rung is Rung.WITHIN:
@@ -50,9 +52,7 @@ class Watch:
         elif self.since == float("inf"):
             self.since = monotonic()
         at = round(monotonic() - self.started, 6)
-        step = BurstStep(rung=rung.value, at=at, usage=usage, reason=reason, reaction=reaction)
-        self.steps.append(step)
-        return step
+        self.steps.append(BurstStep(rung=rung.value, at=at, usage=usage, reason=reason, reaction=reaction))
 
 
 class Record(NamedTuple):
