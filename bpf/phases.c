@@ -39,7 +39,7 @@ static __always_inline u32 slot_of(u64 ns)
     u64 v = ns / 125;
     if (v < 8) return v;
     u32 exponent = bpf_log2l(v) - 1, slot;
-    if (exponent > 29) return SLOTS - 1;
+    if (exponent > 30) return SLOTS - 1;
     slot = 8 * (exponent - 2) + ((v >> (exponent - 3)) & 7);
     return slot < SLOTS ? slot : SLOTS - 1;
 }

@@ -13,7 +13,7 @@
 #define ZYGOTES 64
 /* Numbers of shapes; the last is everything beyond. */
 #define SHAPES 32
-/* Slots of a histogram: eight in each octave of microseconds, up to 2^27 of them. */
+/* Slots of a histogram: eight in each octave of microseconds, up to 2^28 of them. */
 #define SLOTS 232
 /* shape * KINDS * PHASES + kind * PHASES + phase. */
 #define HISTOGRAMS 1440

@@ -48,6 +48,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where Prometheus finds us: ``127.0.0.1:9464``, or the path of a unix socket; nowhere unless it is set."""
     probes: bool = True
     """Run the probes process: programs in the kernel that see memory charged and time set-up. Without BCC it says so and ends."""
+    phases: bool = True
+    """Let it record the phases of sandboxes for ``agentrun lat``; a system call of anybody's takes 40 ns longer then."""
+    sched: bool = False
+    """Let it schedule short calls before long ones, where the kernel has sched_ext."""
     memory_budget: str | None = None
     """Bytes for all calls together, such as ``16G``; bursts are granted out of it."""
     tenants: dict[str, TenantConfig] = {}
@@ -86,6 +90,8 @@ def executor_config(config: DaemonConfig, name: str) -> ExecutorConfig:
         name=name, max_running=config.max_running, max_queued=config.max_queued, pool_least=min(1, config.pool_least),
         pool_most=config.pool_most, tenant_limits={name: _budget(name, tenant) for name, tenant in config.tenants.items()},
         probes=config.probes,
+        phases=config.phases,
+        sched=config.sched,
         memory_budget=parse_size(config.memory_budget, "memory_budget") if config.memory_budget else None,
         tenant_priorities={name: tenant.priority for name, tenant in config.tenants.items() if tenant.priority},
     )  # fmt: skip

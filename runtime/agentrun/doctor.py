@@ -205,11 +205,11 @@ async def _memory() -> list[Finding]:
         tree = Tree(find_base(), f"doctor-{os.getpid()}")
     except HostError as error:
         return [Finding("memory control", "missing", str(error))]
-    memory = Control(tree, probes=True, budget=None, priorities={})
+    memory = Control(tree, None, probes=True, sched=True)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(memory.run)
-            await memory.wait_ready()
+            await memory.wait_ready(everything=True)
             status = memory.status()
             nursery.cancel_scope.cancel()
     finally:
@@ -222,6 +222,11 @@ async def _memory() -> list[Finding]:
     else:
         fix = "apt-get install python3-bpfcc; a kernel with BPF, BTF and tracepoints"
         found = [Finding("programs in the kernel", "missing", refused or "the probes process did not answer", fix)]
+    sched = status.sched
+    if sched is not None:
+        state: Literal["works", "degraded"] = "works" if sched.on else "degraded"
+        detail = "sched_ext takes the scheduler for short calls (sched = true)" if sched.on else sched.reason or "not attached"
+        found.append(Finding("short calls first", state, detail, "a kernel with sched_ext; cpu.weight holds without it"))
     return [*found, Finding("memory control", _HOLDS[status.mode], f"mode {status.mode}: {MEANS[Mode(status.mode)]}")]
 
 

@@ -58,6 +58,10 @@ class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
     """Bytes kept of each captured stream."""
     probes: bool = False
     """Start the probes process: programs in the kernel that see memory charged, and act at once. Takes BCC and some 120 MB."""
+    phases: bool = True
+    """If there is one, let it also time what sandboxes are made of, for ``agentrun lat``; docs/latency.md has what that costs."""
+    sched: bool = False
+    """And schedule short calls before long ones, where the kernel has sched_ext; docs/scheduling.md."""
     memory_budget: int | None = None
     """Bytes for all calls together; bursts are granted out of it."""
     tenant_priorities: Mapping[str, int] = {}
@@ -390,8 +394,11 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         try:
             async with trio.open_nursery() as nursery:
-                memory = Control(tree, probes=chosen.probes, budget=chosen.memory_budget, priorities=chosen.tenant_priorities)
                 latency = Latency(tree.level + 2)
+                memory = Control(
+                    tree, latency if chosen.phases else None, probes=chosen.probes, sched=chosen.sched,
+                    budget=chosen.memory_budget, priorities=chosen.tenant_priorities,
+                )  # fmt: skip
                 fleet = Fleet(chosen, tree, nursery, life_read, memory.governor, latency)
                 executor = Executor(chosen, tree, fleet, memory, latency)
                 nursery.start_soon(memory.run, name="agentrun memory")

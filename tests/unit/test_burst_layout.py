@@ -31,7 +31,11 @@ def compiled(header: str, directory: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("header", "structs"),
-    [("events.h", {"leaf", "event", "settings", "counters"}), ("phases.h", {"call", "histogram", "daemon", "counted"})],
+    [
+        ("events.h", {"leaf", "event", "settings", "counters"}),
+        ("phases.h", {"call", "histogram", "daemon", "counted"}),
+        ("sched.h", {"turn", "notice", "terms", "tally", "parting"}),
+    ],
 )
 def test_sizes_and_offsets_are_the_compilers(header, structs, tmp_path):
     known = layouts(header)

@@ -23,7 +23,7 @@ def slot_of(ns: int) -> int:
     if v < 8:
         return v
     exponent = v.bit_length() - 1
-    return min(SLOTS - 1, 8 * (exponent - 2) + ((v >> (exponent - 3)) & 7)) if exponent <= 29 else SLOTS - 1
+    return min(SLOTS - 1, 8 * (exponent - 2) + ((v >> (exponent - 3)) & 7)) if exponent <= 30 else SLOTS - 1
 
 
 def buckets_of(values) -> list[tuple[float, float, int]]:

@@ -24,6 +24,7 @@ from agentrun.burst.watch import NO_RECORD, Record, Watch
 from agentrun.cgroup.leaf import Leaf
 from agentrun.errors import HostError
 from agentrun.policy import DEFAULT, Limits
+from agentrun.scheduling import Scheduling
 
 TICK = 0.05
 """Seconds between two looks at the calls that are above their budgets; what cannot wait so long wakes us."""
@@ -63,6 +64,8 @@ class Governor:
         self._notices = Notices()
         self.listeners: set[Listener] = set()
         """Get every step and event as it happens; for ``agentrun bursts``."""
+        self.scheduling: Scheduling | None = None
+        """Puts short calls before long ones, where it was asked for; it wants to know of leaves and calls as well."""
         self.on_mode: Callable[[], None] = lambda: None
         self.lost_before = 0
 
@@ -113,6 +116,8 @@ class Governor:
         """A leaf was made."""
         entry = self._entries[leaf.id] = _Entry(leaf, tenant)
         self._enter(entry)
+        if self.scheduling is not None:
+            self.scheduling.prepare(leaf)
 
     def _enter(self, entry: _Entry) -> None:
         if self._table is None:
@@ -142,6 +147,8 @@ class Governor:
         entry = self._entries.get(leaf.id)
         if entry is None:
             return
+        if self.scheduling is not None:
+            self.scheduling.begin(leaf, limits)
         entry.lost = False
         if limits is not entry.limits and limits != entry.limits:
             entry.limits = limits
@@ -161,6 +168,8 @@ class Governor:
         entry = self._entries.get(leaf.id)
         if entry is None:
             return NO_RECORD
+        if self.scheduling is not None:
+            self.scheduling.end(leaf)
         peak, killed, mode, watch = None, entry.killed, self.mode, entry.watch
         if self._table is not None and entry.number:
             state = self._table.state(entry.number)
@@ -185,6 +194,8 @@ class Governor:
         entry = self._entries.pop(leaf.id, None)
         if entry is None:
             return
+        if self.scheduling is not None:
+            self.scheduling.forget(leaf)
         if entry.watch is not None:
             self._active.discard(entry.watch)
             self._notices.ignore(entry.watch.notice)

@@ -35,6 +35,8 @@ class Link:
         self._on_message, self._on_lost = on_message, on_lost
         self.ready = trio.Event()
         """The first one has attached what it can, or has failed."""
+        self.done = trio.Event()
+        """And all else it was asked for."""
         self.pid = 0
         """Of the one that runs; 0 between two."""
         self.starts = 0
@@ -44,10 +46,15 @@ class Link:
 
     async def run(self) -> None:
         """Keep one running until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await self._keep(nursery)
+
+    async def _keep(self, nursery: trio.Nursery) -> None:
         while True:
             begun = trio.current_time()
-            reason = await self._once()
+            reason = await self._once(nursery)
             self.ready.set()
+            self.done.set()
             if reason is None:
                 return  # it said that it can do nothing here
             lived = trio.current_time() - begun
@@ -59,7 +66,7 @@ class Link:
         """Forget that it died before: replace it soon if it does again."""
         self._pause = _PAUSE_LEAST
 
-    async def _once(self) -> str | None:
+    async def _once(self, nursery: trio.Nursery) -> str | None:
         """One process from start to end: how it ended, or None if there is no sense in another."""
         try:
             sock, pid, pidfd = _spawn(self._options)
@@ -69,7 +76,7 @@ class Link:
             return None
         self.starts += 1
         self.pid = pid
-        useful = False
+        held = False
         try:
             while True:
                 await trio.lowlevel.wait_readable(sock)
@@ -81,31 +88,37 @@ class Link:
                     data, fds = b"", []
                 if not data:
                     return "died"
-                useful = self._take(json.loads(data), fds) or useful
-                if self.ready.is_set() and not useful:
+                message = json.loads(data)
+                self._take(message, fds)
+                held = held or message["kind"] not in ("failed", "ready", "done")
+                if message["kind"] == "done" and not held:
                     return None
         finally:
             self.pid = 0
             sock.close()
-            with trio.CancelScope(shield=True):
-                with trio.move_on_after(1) as late:
-                    await trio.lowlevel.wait_readable(pidfd)
-                if late.cancelled_caught:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    await trio.lowlevel.wait_readable(pidfd)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-            os.close(pidfd)
-            if useful:
+            nursery.start_soon(_collect, pid, pidfd)
+            if held:
                 self._on_lost("the probes process ended")
 
-    def _take(self, message: dict[str, Any], fds: list[int]) -> bool:
-        self.memory = message.get("memory", self.memory)
-        if message["kind"] == "ready":
-            self.ready.set()
-            return False
-        self._on_message(message, dict(zip(message["maps"], fds, strict=True)))
-        return bool(message["kind"] != "failed")
+    def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        self.memory = message["memory"]
+        if message["kind"] in ("ready", "done"):
+            (self.ready if message["kind"] == "ready" else self.done).set()
+        else:
+            self._on_message(message, dict(zip(message["maps"], fds, strict=True)))
+
+
+async def _collect(pid: int, pidfd: int) -> None:
+    """See one to its end. The kernel takes seconds to detach fifty tracepoints, and the next one is not to wait for that."""
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(10) as late:
+            await trio.lowlevel.wait_readable(pidfd)
+        if late.cancelled_caught:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(pidfd)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    os.close(pidfd)
 
 
 def _spawn(options: str) -> tuple[socket.socket, int, int]:

@@ -3,10 +3,10 @@
 ``FD`` is a socket (SOCK_SEQPACKET). One message goes out over it for each thing that was asked for, JSON with descriptors;
 then nothing, until the other end closes it, and that is the end of this process and of everything it attached.
 
-    {"kind": "burst", "maps": [names, in the descriptors' order], "hook": …, "seconds": …, "memory": bytes, "refused": {…}}
-    {"kind": "sched", "maps": […], "seconds": …, "memory": bytes}
-    {"kind": "failed", "what": "burst", "error": …}
-    {"kind": "ready", "memory": bytes}
+    {"kind": "burst", "maps": [names, in the descriptors' order], "memory": bytes, "hook": …, "seconds": …, "refused": {…}}
+    {"kind": "failed", "what": "burst", "error": …, …}
+    {"kind": "ready", …}                    memory is held now, or will not be
+    {"kind": "done", …}
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from agentrun.probes.attach import attach_burst
+from agentrun.probes.attach import Attached, attach_burst
 from agentrun.probes.loader import ProbesError
+from agentrun.probes.phases import attach_phases
 from agentrun.probes.sched import attach_sched
 from agentrun.probes.tracefs import see_tracefs
 
@@ -36,25 +38,26 @@ def main(argv: list[str]) -> int:
         see_tracefs()
     except OSError as error:
         tracefs = f" (tracefs: {error.strerror})"
-    held = []
+    attachers: dict[str, Callable[[], Attached]] = {}
     if options.get("burst"):
-        try:
-            found = attach_burst(options["burst"])
-        except ProbesError as error:
-            _send(sock, {"kind": "failed", "what": "burst", "error": f"{error}{tracefs}"})
-        else:
-            held.append(found)
-            said = {"hook": found.hook, "seconds": round(found.seconds, 3), "refused": dict(found.refused), "memory": _memory()}
-            _send(sock, {"kind": "burst", **said}, found.maps)
+        attachers["burst"] = partial(attach_burst, options["burst"])
     if options.get("sched"):
+        attachers["sched"] = attach_sched
+    if options.get("phases"):
+        attachers["phases"] = attach_phases
+    held = []
+    for what, attach in attachers.items():
         try:
-            found = attach_sched()
+            found = attach()
         except ProbesError as error:
-            _send(sock, {"kind": "failed", "what": "sched", "error": str(error)})
+            _send(sock, {"kind": "failed", "what": what, "error": f"{error}{tracefs}"})
         else:
-            held.append(found)  # its link is what keeps the scheduler: it goes with this process
-            _send(sock, {"kind": "sched", "seconds": round(found.seconds, 3), "memory": _memory()}, found.maps)
-    _send(sock, {"kind": "ready", "memory": _memory()})
+            held.append(found)  # what is attached stays as long as this is held: it goes with this process
+            said = {"hook": found.hook, "seconds": round(found.seconds, 3), "refused": dict(found.refused)}
+            _send(sock, {"kind": what, **said}, found.maps)
+        if what == "burst":
+            _send(sock, {"kind": "ready"})  # nobody has to wait for what follows
+    _send(sock, {"kind": "done"})
     with contextlib.suppress(ConnectionResetError):
         while sock.recv(4096):
             pass
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 def _send(sock: socket.socket, message: dict[str, Any], maps: Mapping[str, int] | None = None) -> None:
     named = maps or {}
-    data = json.dumps({**message, "maps": list(named)}).encode()
+    data = json.dumps({**message, "maps": list(named), "memory": _memory()}).encode()
     socket.send_fds(sock, [data], list(named.values()), socket.MSG_NOSIGNAL)
 
 
