@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is installed by `make run` or `make test`: tools/setup does it, once.
 PY := .venv/bin/python
 
-.PHONY: run test test-vm check bench build clean setup
+.PHONY: run test test-vm check bench bench-burst bench-overhead bench-replay build clean setup
 
 setup: .venv/.ready
 
@@ -30,6 +30,16 @@ test-vm: build
 bench: build
 	$(PY) -m pip install --quiet --disable-pip-version-check --group bench
 	$(PY) -m bench --install
+
+# Memory enforcement beside polling; what it costs those who do nothing wrong; recorded agent tasks under one budget (half an hour).
+bench-burst: build
+	$(PY) -m bench.burst
+
+bench-overhead: build
+	$(PY) -m bench.overhead
+
+bench-replay: build
+	$(PY) -m bench.replay
 
 clean:
 	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/out shim/agentrun_shim/_native

@@ -1,7 +1,7 @@
 """``python -m bench.overhead``: what the programs in the kernel cost those who do nothing wrong.
 
-Blocks with the probes process and without it take turns, because its programs see the whole machine. In each block every workload runs
-in the same way: short calls one after another, and programs that do nothing but take memory, or that do work and take memory.
+Blocks with the probes process and without it take turns, because its programs see the whole machine. In each block every
+workload runs in the same way: short calls one after another, and programs that only take memory, or do work and take it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def workloads(hog: Path) -> Mapping[str, list[str]]:
 
 async def one_block(executor: Executor, hog: Path, block: int, probes: bool, calls: int, order: random.Random) -> list[Sample]:
     """Everything once, and the short calls."""
-    await executor.memory.wait_ready()
+    await executor.memory.wait_ready(everything=True)
     await executor.warm_up(POLICY, count=2)
     samples = []
     programs = list(workloads(hog).items())
@@ -98,10 +98,11 @@ def print_samples(samples: Sequence[Sample], report: Report) -> None:
     for name in dict.fromkeys(sample.workload for sample in samples):
         off, on = ({block: median(found) for block, found in values[name, probes].items()} for probes in (False, True))
         ratios = sorted(on[block] / off[block] for block in off)
+        low, middle, high = ((quantile(ratios, share) - 1) * 100 for share in (0.25, 0.5, 0.75))
         rows.append([
             name, str(sum(len(found) for found in values[name, True].values())),
             cell(median(off.values()) * 1e3, 3), cell(median(on.values()) * 1e3, 3),
-            f"{(median(ratios) - 1) * 100:+.1f} %", f"{(quantile(ratios, 0.25) - 1) * 100:+.1f} to {(quantile(ratios, 0.75) - 1) * 100:+.1f} %",
+            f"{middle:+.1f} %", f"{low:+.1f} to {high:+.1f} %",
         ])  # fmt: skip
     report.say()
     report.table(["workload", "n", "off ms", "on ms", "overhead", "quartiles"], rows)

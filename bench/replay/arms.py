@@ -212,8 +212,8 @@ HIGH_PRIORITY = 10
 def policy_for(workload: Workload, setting: Setting) -> Policy:
     """What whoever writes policies knows of an agent: what it idles at. That is its steady budget; above it, all is a burst.
 
-    A burst may have the whole budget, for as long as it takes: who has it when is the governor's business. Whoever has to wait for
-    it is frozen where he is, for as long as it takes: a throttled one would creep on, into what somebody else needs.
+    A burst may have the whole budget, for as long as it takes: who has it when is the governor's business. Whoever has to wait
+    is frozen where he is, for as long as it takes: a throttled one would creep on, into what somebody else needs.
     """
     idle = int(Path(workload.argv[1]).read_text().split()[1])
     high = int((idle + OWN) * MB)
@@ -230,7 +230,9 @@ async def arm_agentrun(workloads: Sequence[Workload], setting: Setting) -> list[
     ``Ended.how`` is the call's outcome, or the reason of its verdict. CPU weights are everybody's default, as in the other arms.
     """
     priorities = {workload.name: HIGH_PRIORITY for workload in workloads if workload.high}
-    config = ExecutorConfig(probes=True, memory_budget=setting.budget, tenant_priorities=priorities, pool_least=0, pool_most=0)
+    config = ExecutorConfig(
+        probes=True, phases=False, memory_budget=setting.budget, tenant_priorities=priorities, pool_least=0, pool_most=0
+    )
     ended: dict[str, Ended] = {}
     async with open_executor(config) as executor:
         await executor.memory.wait_ready()
@@ -239,7 +241,6 @@ async def arm_agentrun(workloads: Sequence[Workload], setting: Setting) -> list[
             policy, directory = policy_for(workload, setting), str(setting.directory)
             result = await executor.run(workload.argv, policy=policy, tenant=workload.name, workspace=directory)
             how = "exited" if result.ok else result.verdict.reason if result.verdict else result.outcome.value
-            how += f" {result.verdict.message if result.verdict else None} {[(b.rung,round(b.at,2),b.usage>>20,b.reason[:40]) for b in result.bursts]}"
             ended[workload.name] = Ended(how, result.usage.memory_peak)
 
         async with trio.open_nursery() as nursery:
