@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 import trio
 
-from agentrun.config import DaemonConfig
+from agentrun.config import DEFAULT_SOCKET, DaemonConfig
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor
 from agentrun.hints import with_memory
+from agentrun.nursery import open_plain_nursery
 from agentrun.policy import Policy, parse_net
 from agentrun.policystore import is_path
 from agentrun.protocol import (
@@ -127,21 +128,23 @@ class Daemon:
 
     async def _exec(self, sock: trio.socket.SocketType, rest: bytearray, request: Exec, fds: list[int]) -> bytes | None:
         begun = monotonic()
-        if len(request.fds) != len(fds) or len(set(request.fds)) != len(fds):
+        if len(request.fds) != len(fds):
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
+        if twice := {name for name in request.fds if request.fds.count(name) > 1}:
+            raise ProtocolError(f"fds: named twice: {', '.join(sorted(twice))}")
+        if request.options.workspace and "workspace" not in request.fds:
+            raise ProtocolError("the option workspace without a descriptor of that name")
         named: dict[str, int] = dict(zip(request.fds, fds, strict=True))
         resolved = self._resolve(request, named.get("workspace", -1), _peer(sock))
         stdio = self._stdio(request, named, resolved.terms.owner)
         running = Running()
         result: Result | None = None
         try:
-            async with trio.open_nursery() as nursery:
+            async with open_plain_nursery() as nursery:
                 nursery.start_soon(self._watch, sock, rest, running, nursery.cancel_scope)
                 running.on_dispatched = functools.partial(_close_passed, fds, named.get("workspace", -1))
                 result = await self._executor.perform(resolved, stdio, running, begun=begun)
                 nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise _only(group) from None
         finally:
             stdio.close()
         if running.interrupted:
@@ -153,25 +156,28 @@ class Daemon:
         return result_frame(result.returncode, result.to_json(), result.verdict.message if result.verdict else None)
 
     async def _watch(self, sock: trio.socket.SocketType, rest: bytearray, running: Running, scope: trio.CancelScope) -> None:
-        """The client's side of a running call: signals, or its end."""
+        """The client's side of a running call: signals, or its end.
+
+        Raises:
+            ProtocolError: something else came; it ends the call.
+        """
         while True:
             try:
                 received = await receive_frame(sock, rest)
-            except (ProtocolError, OSError):
+            except OSError:
                 received = None
             if received is None:
                 scope.cancel()
                 return
             frame, fds = received
             _close_all(fds)
-            with contextlib.suppress(ProtocolError):
-                message = decode(frame)
-                if not isinstance(message, Signal) or not 0 < message.signal < signal.NSIG:
-                    continue
-                if not running.send_signal(message.signal) and message.signal in _FATAL:
-                    running.interrupted = message.signal
-                    scope.cancel()
-                    return
+            message = decode(frame)
+            if not isinstance(message, Signal) or not 0 < message.signal < signal.NSIG:
+                continue
+            if not running.send_signal(message.signal) and message.signal in _FATAL:
+                running.interrupted = message.signal
+                scope.cancel()
+                return
 
     def _resolve(self, request: Exec, workspace_fd: int, peer: tuple[int, int, int]) -> Request:
         options = request.options
@@ -181,7 +187,7 @@ class Daemon:
             policy=apply_options(self._policy(options.policy, uid), options),
             tenant=self._tenant(options.tenant, uid),
             workspace_fd=workspace_fd,
-            workspace_mode=options.workspace,
+            workspace_mode=options.workspace or "rw",
             cwd=options.cwd,
             env=request.env,
             hint=options.hint,
@@ -200,7 +206,7 @@ class Daemon:
     def _tenant(self, named: str | None, uid: int) -> str:
         """Root calls for any tenant; others for their own, ``uid-<number>``, and for those that list them."""
         if uid == 0:
-            return named or "default"
+            return "default" if named is None else named
         own = f"uid-{uid}"
         if named in (None, own):
             return own
@@ -246,17 +252,19 @@ class Daemon:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch, nursery.cancel_scope)
+                await _send_all(sock, reply_frame({"event": "listening", "mode": self._executor.memory.governor.mode.value}))
                 async for news in receive:
                     await _send_all(sock, reply_frame(news))
         finally:
             listeners.discard(listen)
 
     def _ask(self, request: Status | Ps | Stats | Latency | Top | Kill, uid: int) -> object:
-        executor = self._executor
-        calls = {name: call for name, call in executor.calls().items() if uid == 0 or call.request.tenant == f"uid-{uid}"}
+        """The answer to a question. Root sees everything; others their own tenant's, and nothing that adds up everybody's."""
+        executor, tenant = self._executor, f"uid-{uid}"
+        calls = {name: call for name, call in executor.calls().items() if uid == 0 or call.request.tenant == tenant}
         if isinstance(request, Status):
             return {"pid": os.getpid(), "started": self._started, "cgroup": str(executor.tree.path),
-                    "controllers": sorted(executor.tree.controllers), "running": len(executor.calls()),
+                    "controllers": sorted(executor.tree.controllers), "running": len(calls),
                     "memory": msgspec.to_builtins(executor.memory.status())}  # fmt: skip
         if isinstance(request, Top):
             rows = [row for name, call in calls.items() if (row := executor.usage(name, call)) is not None]
@@ -264,8 +272,12 @@ class Daemon:
         if isinstance(request, Ps):
             return {"calls": [call.describe() for call in calls.values()]}
         if isinstance(request, Stats):
+            if uid != 0:
+                return {"running": len(calls), "pools": msgspec.to_builtins(executor.pools(tenant))}
             return msgspec.to_builtins(executor.statistics())
         if isinstance(request, Latency):
+            if uid != 0:
+                raise UsageError("latency: the histograms are of everybody's calls, so only root may see them")
             return msgspec.to_builtins(executor.latency.report())
         call = calls.get(request.id)
         if call is None or call.slot is None:
@@ -297,11 +309,13 @@ def apply_options(policy: Policy, options: Options) -> Policy:
     if options.timeout is not None:
         changes["timeout"] = parse_number(options.timeout, "--timeout", least=0.001, most=1e9)
     if options.net is not None:
-        changes["net"] = parse_net(options.net)
-    if options.best_effort:
-        changes["best_effort"] = True
-    elif insist := tuple(name for name, value in given.items() if value is not None):
+        changes["net"] = net = parse_net(options.net)
+        if net == "egress" and not policy.egress.allow:
+            raise UsageError(f"--net: policy {policy.name} names no hosts for egress to reach (net.allow)")
+    if insist := tuple(name for name, value in given.items() if value is not None):
         changes["insist"] = insist
+    if options.best_effort:
+        changes |= {"best_effort": True, "lenient": True}
     if limits:
         changes["limits"] = msgspec.structs.replace(policy.limits, **limits)
     return msgspec.structs.replace(policy, **changes) if changes else policy
@@ -310,6 +324,8 @@ def apply_options(policy: Policy, options: Options) -> Policy:
 def open_listener(path: str, group: int | None) -> trio.socket.SocketType:
     """Bind the socket: mode 0600, or 0660 for a group. A dead daemon's socket is replaced, a live one's is not.
 
+    Of directories only our own below /run is made: another that is missing is a mistake in a path.
+
     Raises:
         UsageError: the path cannot be used, or a daemon answers there.
     """
@@ -317,7 +333,8 @@ def open_listener(path: str, group: int | None) -> trio.socket.SocketType:
         raise UsageError("socket: the path is empty")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        os.makedirs(os.path.dirname(path) or ".", mode=0o755, exist_ok=True)
+        if os.path.dirname(path) == os.path.dirname(DEFAULT_SOCKET):
+            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise UsageError(f"socket {path}: there is something else at that path, which is left alone")
@@ -374,11 +391,3 @@ def _close_passed(fds: list[int], keep: int) -> None:
     for fd in [fd for fd in fds if fd != keep]:
         fds.remove(fd)
         os.close(fd)
-
-
-def _only(group: BaseExceptionGroup) -> BaseException:
-    """A nursery wraps what it raises; one request has one error."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

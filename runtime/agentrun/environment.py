@@ -19,14 +19,26 @@ BASE_ENV = {
 """The environment of every call; nothing of the daemon's or the caller's is in it unless named."""
 
 
+def encode(text: object, what: str) -> bytes:
+    """Text or a path as the kernel takes it.
+
+    Raises:
+        UsageError: it is neither, or has letters that have no bytes.
+    """
+    try:
+        return os.fsencode(text)  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        raise UsageError(f"{what}: {text!r} is no text") from None
+
+
 def env_pairs(given: Mapping[str, str] | Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """A caller's variables, as names and values: from a mapping, or from ``NAME=VALUE`` entries.
 
     Raises:
-        UsageError: a name is empty or contains ``=`` or NUL, or a value contains NUL.
+        UsageError: one is no text, a name is empty or contains ``=`` or NUL, or a value contains NUL.
     """
     if isinstance(given, Mapping):
-        pairs = [(os.fsencode(key), os.fsencode(value)) for key, value in given.items()]
+        pairs = [(encode(key, "env"), encode(value, f"env: {key}")) for key, value in given.items()]
     else:
         pairs = [(key, value) if sign else (b"", entry) for entry in given for key, sign, value in (entry.partition(b"="),)]
     for key, value in pairs:

@@ -28,10 +28,12 @@ from agentrun.burst.control import Control
 from agentrun.call import Call, SlotDied
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
 from agentrun.deadlines import Deadlines
+from agentrun.environment import encode
 from agentrun.errors import HostError, Overloaded, UsageError
 from agentrun.fleet import Fleet, FleetConfig
 from agentrun.hints import apply_hint
 from agentrun.latency import Latency, Report
+from agentrun.nursery import open_plain_nursery
 from agentrun.policy import Policy
 from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
@@ -100,6 +102,7 @@ class Executor:
         self._closing = False
         self._none_runs = trio.Event()
         self._kits = Kits()
+        fleet.on_retired = self._forget
 
     async def run(
         self,
@@ -167,7 +170,7 @@ class Executor:
             request = self.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
-                async with trio.open_nursery() as nursery:
+                async with open_plain_nursery() as nursery:
                     running = Running()
                     await nursery.start(running.run, self.perform, request, stdio)
                     try:
@@ -205,7 +208,7 @@ class Executor:
             raise HostError("the executor is closing")
         command = encode_argv(argv)
         check_tenant(tenant)
-        rules = self.policies.find(policy) if isinstance(policy, str) else policy
+        rules = self._rules(policy)
         asked = None
         if hint:
             rules, asked = apply_hint(rules, hint, self._fleet.budget(tenant).memory_max)
@@ -222,7 +225,7 @@ class Executor:
         return Request(
             argv=command,
             env=terms.environment(env),
-            cwd=os.path.join(os.fsencode(path) or _HOME, os.fsencode(cwd or "")).rstrip(b"/") or b"/",
+            cwd=os.path.join(os.fsencode(path) or _HOME, encode(cwd or "", "cwd")).rstrip(b"/") or b"/",
             terms=terms,
             timeout=timeout,
             tenant=tenant,
@@ -267,12 +270,17 @@ class Executor:
         message, fds = call.pack()
         terms = call.request.terms
         pool = terms.pool
+        if pool.closed:  # while this call waited for its turn, nobody used it
+            pool = self._fleet.pool(call.request.tenant, terms.policy)
         while True:
             slot, call.warm = await pool.lease()
             call.leased = monotonic()
             if not call.warm:
                 self.latency.cold(slot.leaf.id)
             try:
+                if self._closing:
+                    raise HostError("the executor is closing")
+                self._calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
                 if terms.files is not None:
                     self._fleet.adjust(slot, terms.files)
                 self.memory.governor.begin(slot.leaf, terms.limits)
@@ -280,7 +288,6 @@ class Executor:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):
                     continue  # it died while it waited, say by the tenant's memory limit: the next one
-                self._calls[slot.id] = call
                 if running is not None:
                     running.started(call)
                 try:
@@ -321,8 +328,13 @@ class Executor:
         Raises:
             HostError: they could not be built.
         """
-        rules = self.policies.find(policy) if isinstance(policy, str) else policy
-        await self._fleet.pool(check_tenant(tenant), rules).fill(count)
+        await self._fleet.pool(check_tenant(tenant), self._rules(policy)).fill(count)
+
+    def _rules(self, policy: Policy | str) -> Policy:
+        found = self.policies.find(policy) if isinstance(policy, str) else policy
+        if not isinstance(found, Policy):
+            raise UsageError(f"policy: {found!r} is neither a name nor a Policy")
+        return found
 
     def calls(self) -> dict[str, Call]:
         """The calls that run now, by id."""
@@ -340,6 +352,10 @@ class Executor:
             return None
         return {"call": name, "tenant": call.request.tenant, **call.describe(), **memory, **slot.leaf.load()}
 
+    def pools(self, tenant: str) -> dict[str, PoolStats]:
+        """A tenant's pools at this moment."""
+        return self._fleet.statistics(tenant)
+
     def statistics(self) -> ExecutorStats:
         """The executor at this moment."""
         return ExecutorStats(
@@ -351,6 +367,11 @@ class Executor:
             pools=self._fleet.statistics(),
             latency=self.latency.report(),
         )
+
+    def _forget(self) -> None:
+        """Pools are gone, and perhaps tenants."""
+        self._terms.forget()
+        self._kits.forget()
 
     async def _close(self) -> None:
         self._closing = True
@@ -393,27 +414,29 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
     try:
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         try:
-            async with trio.open_nursery() as nursery:
-                latency = Latency(tree.level + 2)
-                memory = Control(
-                    tree, latency if chosen.phases else None, probes=chosen.probes, sched=chosen.sched,
-                    budget=chosen.memory_budget, priorities=chosen.tenant_priorities,
-                )  # fmt: skip
-                fleet = Fleet(chosen, tree, nursery, life_read, memory.governor, latency)
-                executor = Executor(chosen, tree, fleet, memory, latency)
-                nursery.start_soon(memory.run, name="agentrun memory")
-                nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
-                nursery.start_soon(fleet.denials.run, name="agentrun denials")
-                nursery.start_soon(fleet.do_chores, name="agentrun chores")
-                nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
-                try:
-                    yield executor
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await executor._close()
-                    nursery.cancel_scope.cancel()
-            memory.close()
-            latency.detach()
+            latency = Latency(tree.level + 2)
+            memory = Control(
+                tree, latency if chosen.phases else None, probes=chosen.probes, sched=chosen.sched,
+                budget=chosen.memory_budget, priorities=chosen.tenant_priorities,
+            )  # fmt: skip
+            try:
+                async with open_plain_nursery() as nursery:
+                    fleet = Fleet(chosen, tree, nursery, life_read, memory.governor, latency)
+                    executor = Executor(chosen, tree, fleet, memory, latency)
+                    nursery.start_soon(memory.run, name="agentrun memory")
+                    nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
+                    nursery.start_soon(fleet.denials.run, name="agentrun denials")
+                    nursery.start_soon(fleet.do_chores, name="agentrun chores")
+                    nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
+                    try:
+                        yield executor
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await executor._close()
+                        nursery.cancel_scope.cancel()
+            finally:
+                memory.close()
+                latency.detach()
         finally:
             os.close(life_write)
             os.close(life_read)

@@ -68,6 +68,8 @@ class Fleet:
         self._chores: deque[Callable[[], None]] = deque()
         self._bell = trio.Event()
         self.denials = Denials()
+        self.on_retired: Callable[[], None] = lambda: None
+        """Called when pools have been closed for want of use: nobody may be sent to them any more."""
         self.stuck = 0
         """Sandboxes that could not be removed; each was logged."""
 
@@ -98,9 +100,18 @@ class Fleet:
             self._built += 1
             return await self._build(shape, tenant, f"{self._built:x}", files, maps)
 
-        pool = Pool(build, self._discard, self.later, self._nursery, least=self._config.pool_least, most=self._config.pool_most)
+        config, name = self._config, self._name(tenant, shape)
+        pool = Pool(build, self._discard, self.later, self._nursery, least=config.pool_least, most=config.pool_most, name=name)
         self._pools[tenant, shape] = pool
         return pool
+
+    def _name(self, tenant: str, shape: Shape) -> str:
+        """What people know a pool by. The plain name is the default policy's, whoever comes first; others are numbered."""
+        plain = f"{tenant}/{shape.net}" if shape.seccomp == "default" else f"{tenant}/{shape.net}/{shape.seccomp}"
+        taken = {pool.name for pool in self._pools.values()}
+        if shape != shape_of(DEFAULT):
+            taken.add(f"{tenant}/{DEFAULT.net}")
+        return next(name for name in (plain, *(f"{plain}#{number}" for number in range(2, len(taken) + 3))) if name not in taken)
 
     async def _build(self, shape: Shape, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]) -> Slot:
         base, notify = self.id_base(tenant), self._zygotes.notify
@@ -241,17 +252,31 @@ class Fleet:
             _log.error("%s", error)
 
     async def keep_house(self) -> None:
-        """Let pools forget old peaks of demand; runs as long as the fleet does."""
+        """Let pools forget old peaks of demand, and forget old pools; runs as long as the fleet does."""
         while True:
             await trio.sleep(1)
             if self._zygotes.outdated():
                 await self._renew()
             for pool in self._pools.values():
                 pool.shrink()
+            await self._retire()
 
-    def statistics(self) -> dict[str, PoolStats]:
-        """Every pool, as ``tenant/network``."""
-        return {f"{tenant}/{shape.net}": pool.statistics() for (tenant, shape), pool in self._pools.items()}
+    async def _retire(self) -> None:
+        """Let go of pools that nobody uses, and of what only they needed: zygotes, and the cgroups of their tenants."""
+        deserted = [key for key, pool in self._pools.items() if pool.deserted]
+        for key in deserted:
+            self._pools.pop(key).close()
+        if deserted:
+            self.on_retired()
+            for zygote in self._zygotes.drop((shape, self.id_base(tenant)) for tenant, shape in self._pools):
+                await zygote.aclose()
+        # A tenant keeps its range of ids for good, and its cgroup if it has a budget: those are as many as were configured.
+        for tenant in self._tree.drop_tenants({tenant for tenant, _ in self._pools} | self._config.tenant_limits.keys()):
+            self._zygotes.forget_ids(self.id_base(tenant))
+
+    def statistics(self, tenant: str | None = None) -> dict[str, PoolStats]:
+        """The pools, or a tenant's, by their names (``_name``)."""
+        return {pool.name: pool.statistics() for (owner, _), pool in self._pools.items() if tenant in (None, owner)}
 
     async def aclose(self) -> None:
         """End the idle slots and the zygotes."""

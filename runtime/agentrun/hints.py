@@ -43,13 +43,16 @@ def with_memory(limits: Limits, size: int) -> Limits:
 
 
 def check_budget(policy: Policy, default: Policy, budget: int | None, tenant: str) -> None:
-    """A policy that asks for more memory than its tenant may use at all is an error; the built-in default asks for nothing.
+    """A policy that asks for more memory than its tenant may use at all is an error. The built-in default asks for nothing, but
+    who names its very number does.
 
     Raises:
         UsageError: naming both.
     """
     asked = policy.limits.memory_max
-    if budget is None or asked is None or asked <= budget or asked == default.limits.memory_max:
+    if budget is None or asked is None or asked <= budget:
+        return
+    if asked == default.limits.memory_max and "memory.max" not in policy.insist:
         return
     raise UsageError(
         f"policy {policy.name}: memory.max: {show_size(asked)} is above the budget of tenant {tenant!r}, {show_size(budget)}"

@@ -145,6 +145,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Run although a limit of this policy cannot be enforced; the result lists it."""
     insist: tuple[str, ...] = ()
     """Control files of limits the caller asked for besides, such as ``memory.max``: enforced, or the call is refused."""
+    lenient: bool = False
+    """Not refused: the caller said best effort as well. The policy's own word does not stand in for the caller's."""
 
 
 DEFAULT = Policy(description="Any tool, no network: what a call gets when nothing else is said.")

@@ -1,9 +1,9 @@
 """The pool: warm slots of one tenant and one shape.
 
 Demand is what it follows. ``target`` warm slots are kept: twice as many as calls were running at once in the last seconds,
-between the configured bounds, and none once nobody has called for ten minutes. A lease takes a warm slot if there is one;
-else it waits for the next that is built, and the call says so (``warm: false``). Slots are built a few at a time, always
-off the way of a warm call.
+between the configured bounds, and none once nobody has called for two minutes; after five the pool itself is let go of. A lease
+takes a warm slot if there is one; else it waits for the next that is built, and the call says so (``warm: false``). Slots are
+built a few at a time, always off the way of a warm call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ DECAY = 10.0
 """Seconds after which a peak of demand is forgotten."""
 UNUSED = 120.0
 """Seconds without a call after which a pool keeps nothing warm."""
+RETIRED = 300.0
+"""Seconds without a call after which a pool is let go of, with all that only it needs."""
 RETRY_MOST = 5.0
 """Longest pause, seconds, between attempts to build for nobody in particular while building fails."""
 
@@ -54,25 +56,34 @@ class Pool:
         *,
         least: int,
         most: int,
+        name: str = "",
     ) -> None:
         """``build`` makes one slot; ``discard`` ends one in the background; ``later`` runs something after the current task
-        has gone on. ``least`` ≤ idle slots ≤ ``most``.
+        has gone on. ``least`` ≤ idle slots ≤ ``most``. ``name`` is for people.
         """
+        self.name = name
+        self.closed = False
         self._build, self._discard, self._later, self._nursery = build, discard, later, nursery
         self._least, self._most = least, most
         self._idle: deque[Slot] = deque()
         self._waiting: deque[_Wait] = deque()
         self._building = self._leased = self._peak = 0
-        self._peak_time = self._lease_time = trio.current_time()
+        self._peak_time = self._lease_time = self._use_time = trio.current_time()
         self._hits = self._misses = self._built = self._failed = 0
         self._pause = self._retry_time = 0.0
-        self._unused = False
+        self._unused = self._kept = False
         self._outdated = 0
 
     @property
     def target(self) -> int:
         """Warm slots wanted now: room for the last peak to come again at once, while the ones it used are replaced."""
         return 0 if self._unused else min(self._most, max(self._least, 2 * self._peak))
+
+    @property
+    def deserted(self) -> bool:
+        """Nobody uses it, nor has for ``RETIRED`` seconds, and nobody asked for slots to be kept (``fill``)."""
+        used = self._kept or self._leased or self._building
+        return not used and trio.current_time() - self._use_time > RETIRED
 
     async def lease(self) -> tuple[Slot, bool]:
         """A slot for exactly one call, and whether it was warm. End it with ``release``.
@@ -109,6 +120,7 @@ class Pool:
 
     def _replace(self, slot: Slot) -> None:
         self._discard(slot)
+        self._use_time = trio.current_time()
         self._refill()
 
     def shrink(self) -> None:
@@ -123,6 +135,7 @@ class Pool:
 
     async def fill(self, count: int) -> None:
         """Have ``count`` warm slots now, and keep as many from here on, even above ``most``."""
+        self._kept = True
         self._least, self._most = max(self._least, count), max(self._most, count)
         while len(self._idle) < count:
             self._idle.append(await self._build())
@@ -144,6 +157,7 @@ class Pool:
 
     def close(self) -> None:
         """End every idle slot; whoever waits gets an error."""
+        self.closed = True
         self._most = self._least = 0
         while self._idle:
             self._discard(self._idle.popleft())
@@ -152,7 +166,7 @@ class Pool:
 
     def _count_lease(self) -> None:
         self._leased += 1
-        self._lease_time = trio.current_time()
+        self._lease_time = self._use_time = trio.current_time()
         self._unused = False
         if self._leased >= self._peak:
             self._peak, self._peak_time = self._leased, self._lease_time

@@ -36,10 +36,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     net: str | None = None
     hint: str | None = None
     tenant: str | None = None
-    workspace: Literal["rw", "ro"] = "rw"
-    best_effort: str = ""
-    capture: str = ""
-    timings: str = ""
+    workspace: Literal["rw", "ro"] | None = None
+    best_effort: Literal["", "1"] = ""
+    capture: Literal["", "1"] = ""
+    timings: Literal["", "1"] = ""
 
 
 class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True, kw_only=True):
@@ -158,7 +158,7 @@ async def receive_frame(sock: trio.socket.SocketType, rest: bytearray | None = N
                 numbers = array.array("i")
                 numbers.frombytes(payload[: len(payload) - len(payload) % 4])
                 fds += numbers
-        if not data:
+        if not data and not rest:
             return None
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError(f"more than {MAX_FDS} descriptors")

@@ -42,12 +42,15 @@ def encode_argv(argv: Sequence[Text]) -> tuple[bytes, ...]:
     """The command as the kernel takes it.
 
     Raises:
-        UsageError: it is empty, a single string, or an argument contains a NUL.
+        UsageError: it is empty, a single string, or an argument is no text or contains a NUL.
     """
     if isinstance(argv, (str, bytes)):
         raise UsageError("argv is a list of arguments, not one string; for a shell say ['sh', '-c', ...]")
     # What os.fsencode does, without a call for each string: this is on the way of every call.
-    result = tuple([a.encode("utf-8", "surrogateescape") if type(a) is str else os.fsencode(a) for a in argv])
+    try:
+        result = tuple([a.encode("utf-8", "surrogateescape") if type(a) is str else os.fsencode(a) for a in argv])
+    except (TypeError, UnicodeEncodeError) as error:
+        raise UsageError(f"argv is a list of texts, bytes or paths: {error}") from None
     if not result or not result[0]:
         raise UsageError("there is no command to run")
     if b"\0" in b"".join(result):

@@ -8,6 +8,7 @@ import trio
 
 from agentrun.call import Call
 from agentrun.errors import AgentrunError
+from agentrun.nursery import open_plain_nursery
 from agentrun.request import Request
 from agentrun.stdio import Stdio
 from agentrun.types import Result
@@ -63,10 +64,11 @@ class Running:
             self._call.kill()
 
     async def aclose(self) -> None:
-        """Close the streams."""
-        for stream in (self.stdin, self.stdout, self.stderr):
-            if stream is not None:
-                await trio.aclose_forcefully(stream)
+        """Close the streams. Also where this is being cancelled: that must neither leave one open nor hide why."""
+        with trio.CancelScope(shield=True):
+            for stream in (self.stdin, self.stdout, self.stderr):
+                if stream is not None:
+                    await trio.aclose_forcefully(stream)
 
     def started(self, call: Call) -> None:
         """The executor's word that the tool has its descriptors."""
@@ -79,7 +81,7 @@ class Running:
         self, perform: Perform, request: Request, stdio: Stdio, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Carry the call out; ready when it has been dispatched."""
-        async with trio.open_nursery() as nursery:
+        async with open_plain_nursery() as nursery:
             nursery.start_soon(self._perform, perform, request, stdio)
             await self._begun.wait()
             if self._error is not None and self._call is None:

@@ -79,14 +79,18 @@ class Kits:
                 while len(self._ready) > _OWNERS:
                     self._ready.pop(next(iter(self._ready))).close()
 
+    def forget(self) -> None:
+        """Close the kits: some of their owners may not call again."""
+        while self._ready:
+            self._ready.popitem()[1].close()
+
     def close(self) -> None:
         """Close what nobody took, and keep nothing ready any more."""
         self._closed = True
         if self._null >= 0:
             os.close(self._null)
             self._null = -1
-        while self._ready:
-            self._ready.popitem()[1].close()
+        self.forget()
 
 
 def open_null() -> int:

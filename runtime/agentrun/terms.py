@@ -69,7 +69,7 @@ class TermsBook:
         fleet.governor.on_mode = self.forget
 
     def forget(self) -> None:
-        """What can be enforced has changed."""
+        """What can be enforced has changed, or pools are gone."""
         self._met.clear()
         self._equal.clear()
 
@@ -133,7 +133,7 @@ def check_enforced(missing: tuple[Unenforced, ...], policy: Policy, defaults: Po
     Raises:
         LimitError: naming the limit, the reason and the way out.
     """
-    asked = set(policy.insist)
+    asked = set() if policy.lenient else set(policy.insist)
     if not policy.best_effort and policy.limits != defaults.limits:
         fields = LIMIT_FIELDS.items()
         asked |= {name for name, field in fields if getattr(policy.limits, field) != getattr(defaults.limits, field)}

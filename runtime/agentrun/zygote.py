@@ -127,6 +127,11 @@ class Zygote:
             self._userns[maps] = fds[0]
         return self._userns[maps]
 
+    def forget_userns(self, first: int, count: int) -> None:
+        """Close the user namespaces that map anything to these host ids; whoever needs one again gets a new one."""
+        for maps in [maps for maps in self._userns if any(0 <= outside - first < count for _, _, outside, _ in maps)]:
+            os.close(self._userns.pop(maps))
+
     async def _request(self, message: bytes, fds: Sequence[int]) -> tuple[Done, list[int]]:
         """Send one request and wait for its answer. Requests may overlap; the zygote answers in their order."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

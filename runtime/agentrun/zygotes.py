@@ -7,6 +7,7 @@ replaced together, so that calls of different policies see the same host.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from agentrun.errors import HostError
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT
 from agentrun.rootfs import NOBODY, add_bind
-from agentrun.shape import Shape, plan_shape, shape_of
+from agentrun.shape import ID_RANGE, Shape, plan_shape, shape_of
 from agentrun.workspace import owner_maps
 from agentrun.zygote import Zygote
 from agentrun_shim.seccomp import compile_profile, find_profile
@@ -69,7 +70,7 @@ class Zygotes:
             HostError: its image or profile cannot be made.
             SandboxError: its plan failed.
         """
-        key = (shape, id_base if any(bind.mode == "rw" for bind in shape.fs.binds) else 0)
+        key = _key(shape, id_base)
         if (found := self._started.get(key)) and found[0].alive:
             return found[0]
         async with self._lock:
@@ -146,6 +147,16 @@ class Zygotes:
         """Filters report nothing from now on; for zygotes that are started after this."""
         self._notify = False
 
+    def drop(self, needed: Iterable[tuple[Shape, int]]) -> list[Zygote]:
+        """Forget those that are for none of these shapes and tenants, but for the plain one; they are the caller's to end."""
+        keys = {_key(shape, id_base) for shape, id_base in (*needed, (shape_of(DEFAULT), 0))}
+        return [self._started.pop(key)[0] for key in self._started.keys() - keys]
+
+    def forget_ids(self, first: int) -> None:
+        """The tenant whose ids begin here has nothing left."""
+        for zygote, _ in self._started.values():
+            zygote.forget_userns(first, ID_RANGE)
+
     def close(self) -> list[Zygote]:
         """From this moment on whoever asks is refused; the zygotes are the caller's to end."""
         self._closed = True
@@ -156,6 +167,10 @@ class Zygotes:
         old, self._started = [zygote for zygote, _ in self._started.values()], {}
         self._generation += 1
         return old
+
+
+def _key(shape: Shape, id_base: int) -> tuple[Shape, int]:
+    return shape, id_base if any(bind.mode == "rw" for bind in shape.fs.binds) else 0
 
 
 def _etc(shape: Shape) -> dict[str, bytes]:

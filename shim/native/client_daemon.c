@@ -5,12 +5,20 @@
 
 static int runtime_pid;  // the private runtime, until it is reaped
 
+// The first agentrun-cli that is there and could not be executed, and the kernel's answer. That is ENOENT as well if its
+// interpreter is missing, and EACCES if that is in a directory of somebody else's.
+static char refused[4096];
+static long refusal;
+
 static void try_cli(const char *dir, size_t len, char **argv, char **envp) {
     char path[4096];
     if (len > sizeof path - sizeof "/agentrun-cli") return;
     memcpy(path, dir, len);
     memcpy(path + len, "/agentrun-cli", sizeof "/agentrun-cli");
-    sys_execve(path, argv, envp);
+    long err = sys_execve(path, argv, envp);
+    if (refusal || SYS3(__NR_faccessat, AT_FDCWD, path, 0 /* F_OK */) < 0) return;
+    refusal = err;
+    memcpy(refused, path, sizeof refused);
 }
 
 // Become the Python command line. Beside this program first: two installations must not mix.
@@ -28,6 +36,9 @@ void exec_cli(int status, char **argv, char **envp) {
         while (*end && *end != ':') end++;
         if (end > start) try_cli(start, (size_t)(end - start), argv, envp);
     }
+    if (refusal)
+        fail(status, "cannot run ", refused, ": ", error_text(refusal),
+             " (the file is there; so must be the interpreter in its first line, for this user)", NULL);
     fail(status, "cannot find agentrun-cli beside ", self, " or on PATH: is the package installed?", NULL);
 }
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agentrun.policystore import PolicyStore
 from agentrun.protocol import MAX_FRAME
+from agentrun.tomltext import show_path
 from tests.support import connect, eventually, exec_frame, frame, open_daemon, read_answer
 
 pytestmark = pytest.mark.host
@@ -107,6 +109,12 @@ def test_frames(daemon, data, words):
         ({"options": {"memory": "0"}}, "memory"),
         ({"options": {"cwd": "a\0b"}}, "NUL"),
         ({"options": {"workspace": "rx"}}, "workspace"),
+        ({"options": {"workspace": "rw"}}, "the option workspace without a descriptor of that name"),
+        ({"options": {"capture": "2"}}, "capture"),
+        ({"options": {"best-effort": "yes"}}, "best-effort"),
+        ({"options": {"timings": "0"}}, "timings"),
+        ({"options": {"tenant": ""}}, "tenant: '' is no name"),
+        ({"options": {"net": "egress"}}, "names no hosts for egress to reach"),
         ({"options": {"policy": "\x1b[2J\n\0"}}, "policy"),
         ({"options": {"tenant": "../../x"}}, "tenant"),
         ({"options": {"tenant": "x" * 100_000}}, "tenant"),
@@ -121,7 +129,7 @@ def test_requests(daemon, changes, words):
 
 @pytest.mark.parametrize(
     ("names", "count", "words"),
-    [([], 1, "1 descriptors came, 0"), (["stdin"], 2, "2 descriptors came, 1"), (["stdin", "stdin"], 2, "descriptors came"),
+    [([], 1, "1 descriptors came, 0"), (["stdin"], 2, "2 descriptors came, 1"), (["stdin"] * 2, 2, "fds: named twice: stdin"),
      (["stdin"], 17, "more than 16"), (["stdin"], 200, "more than 16")],
 )  # fmt: skip
 def test_descriptors_that_do_not_fit_their_names(daemon, names, count, words):
@@ -207,7 +215,21 @@ def test_frames_that_follow_a_call(daemon):
         sock.sendall(exec_frame(b"sleep", b"300"))
         eventually(daemon.calls)
         sock.sendall(b"\xff" * 1000)
-        read_answer(sock)
+        assert_refused(read_answer(sock), "a frame of 4294967295 bytes")
+    eventually(lambda: not daemon.calls())
+
+
+@pytest.mark.parametrize(("data", "words"), [(frame("rubbish"), "not a request"), (frame({"v": 1, "op": "dance"}), "dance"),
+                                             (b"\x10\0\0\0abc", "the connection ended 13 bytes before")])  # fmt: skip
+@pytest.mark.parametrize("at_once", [True, False])
+def test_rubbish_after_a_call_ends_it_and_says_so(daemon, data, words, at_once):
+    with connect(daemon.socket) as sock:
+        sock.sendall(exec_frame(b"sleep", b"300") + (data if at_once else b""))
+        if not at_once:
+            eventually(daemon.calls)
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert_refused(read_answer(sock), words)
     eventually(lambda: not daemon.calls())
 
 
@@ -235,10 +257,12 @@ def test_frames_that_follow_a_call(daemon):
         (
             ["--policy", "nope", "true"],
             2,
-            'agentrun: policy: there is no policy "nope" (known: build, default, host-tools, readonly, strict, test)\n',
+            'agentrun: policy: there is no policy "nope" (known: {known})\n',
         ),
         (["--net", "all", "true"], 2, "agentrun: net: 'all' is not known (none, host or egress)\n"),
+        (["--net", "egress", "true"], 2, "agentrun: --net: policy default names no hosts for egress to reach (net.allow)\n"),
         (["--tenant", "a/b", "true"], 2, None),
+        (["--tenant", "", "true"], 2, None),
         ([""], 2, "agentrun: there is no command to run\n"),
     ],
 )
@@ -248,7 +272,8 @@ def test_command_lines(daemon, args, code, err):
     assert done.stderr.startswith("agentrun: ")
     assert done.stderr.count("\n") == 1
     if err is not None:
-        assert done.stderr == err
+        # This machine and this user may have policies of their own.
+        assert done.stderr == err.format(known=", ".join(map(show_path, PolicyStore().names())))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,54 @@ def test_closing_while_calls_run(streaming):
     run_async(body)
     before.check()
     assert not cgroup_of(config.name).exists()
+
+
+CLOSED_EARLY = """
+import sys, trio
+from agentrun import HostError, Outcome, open_executor
+from tests.support import Leaks, cgroup_of, own_config
+
+async def call(executor, streaming):
+    try:
+        if streaming:
+            async with executor.start(["sleep", "60"]) as running:
+                result = await running.wait()
+        else:
+            result = await executor.run(["sleep", "60"])
+        assert result.outcome is Outcome.CANCELLED, result
+    except HostError:
+        pass  # the executor was closing, or the sandbox was killed before the tool could start
+
+async def once(config, how, after):
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery, open_executor(config) as executor:
+            for number in range(4):
+                nursery.start_soon(call, executor, number % 2)
+            await trio.sleep(after)
+            if how == "exception":
+                raise ZeroDivisionError
+            scope.cancel()
+            await trio.sleep_forever()
+
+for turn in range(25):
+    config = own_config(pool_least=turn % 3)
+    before = Leaks(cgroup_of(config.name))
+    try:
+        trio.run(once, config, sys.argv[1], turn * 0.0015)
+        assert sys.argv[1] == "cancellation"
+    except* ZeroDivisionError:
+        pass
+    before.check()
+    assert not cgroup_of(config.name).exists()
+"""
+"""Each turn a little later: before anything is built, in the middle of it, and when the calls run."""
+
+
+@pytest.mark.parametrize("how", ["exception", "cancellation"])
+def test_closing_while_sandboxes_are_being_built(how):
+    """In a program of its own: what hangs while it closes cannot be cancelled."""
+    done = subprocess.run([sys.executable, "-c", CLOSED_EARLY, how], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_closed_executor_refuses():

@@ -6,8 +6,8 @@ import signal
 import pytest
 import trio
 
-from agentrun import PIPE, Outcome, UsageError
-from tests.support import pids_below, with_executor
+from agentrun import PIPE, Outcome, Overloaded, UsageError, open_executor
+from tests.support import own_config, pids_below, run_async, with_executor
 
 pytestmark = pytest.mark.host
 
@@ -102,10 +102,56 @@ def test_a_stream_that_cannot_start_says_so():
 
 def test_an_error_in_the_block_kills_and_goes_on():
     async def body(executor):
-        with pytest.raises(BaseExceptionGroup) as caught:
+        error = ZeroDivisionError()
+        with pytest.raises(ZeroDivisionError) as caught:
             async with executor.start(["sleep", "60"]):
-                raise ZeroDivisionError
-        assert caught.group_contains(ZeroDivisionError)
+                raise error from KeyError("cause")
+        assert caught.value is error
+        assert isinstance(error.__cause__, KeyError)
         assert executor.calls() == {}
 
     with_executor(body)
+
+
+def test_an_error_as_the_block_is_cancelled_is_the_error():
+    async def body(executor):
+        async def block(scope, error=None):
+            async with executor.start(["sleep", "60"]):
+                scope.cancel()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    if error is not None:
+                        raise error
+
+        with trio.CancelScope() as scope:
+            with pytest.raises(trio.Cancelled):
+                await block(scope)
+            await trio.lowlevel.checkpoint()
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope, pytest.raises(ZeroDivisionError):
+            await block(scope, ZeroDivisionError())
+        assert not scope.cancelled_caught
+        assert executor.calls() == {}
+
+    with_executor(body)
+
+
+def test_what_start_refuses_is_no_group():
+    async def body(executor):
+        async with executor.start(["sleep", "60"]):
+            with pytest.raises(Overloaded):
+                async with executor.start(["true"]):
+                    pass
+
+    with_executor(body, max_running=1, max_queued=0)
+
+
+def test_an_error_in_the_executors_block_comes_out_as_it_is():
+    async def body():
+        async with open_executor(own_config()) as executor:
+            assert (await executor.run(["true"])).ok
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_async(body)

@@ -107,3 +107,20 @@ def test_no_python_program(installed, args):
     done = run(client, *args, env={**env, "PATH": "/nonexistent:"}, cwd="/")
     line = f"agentrun: cannot find agentrun-cli beside {client} or on PATH: is the package installed?\n"
     assert (done.returncode, done.stdout, done.stderr) == (125, "", line)
+
+
+@pytest.mark.parametrize(("interpreter", "reason"), [("/nonexistent/python", "No such file or directory"),
+                                                     ("/dev/null", "Permission denied")])  # fmt: skip
+@pytest.mark.parametrize("args", [["ps"], ["exec", "--no-daemon", "ls"]])
+def test_a_python_program_whose_interpreter_is_out_of_reach(installed, interpreter, reason, args):
+    client, env = installed
+    program = client.parent / "agentrun-cli"
+    program.write_text(f"#!{interpreter}\n")
+    done = run(client, *args, env={**env, "PATH": "/nonexistent"}, cwd="/")
+    why = f"{reason} (the file is there; so must be the interpreter in its first line, for this user)"
+    assert (done.returncode, done.stdout, done.stderr) == (125, "", f"agentrun: cannot run {program}: {why}\n")
+    other = client.parent / "other"
+    other.mkdir()
+    (other / "agentrun-cli").write_text(CLI)
+    (other / "agentrun-cli").chmod(0o755)
+    assert run(client, "ps", env={**env, "PATH": str(other)}).returncode == 42

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's configuration: what is read, and that what is wrong is named with its file and key."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agentrun.config import DaemonConfig, TenantConfig, executor_config, load_config
 from agentrun.errors import UsageError
 from agentrun.policy import GIB, Limits
+from agentrun.tomltext import write_value
 
 GOOD = """
 socket = "/run/x.sock"
@@ -114,3 +117,28 @@ def test_more_least_than_most_is_refused(tmp_path):
     path = write(tmp_path, "pool_least = 9\npool_most = 8")
     with pytest.raises(UsageError, match=f"^{path}: .*pool_least"):
         load_config(path)
+
+
+# ---------------------------------------------------------------- docs/config.md
+
+
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
+
+
+def keys() -> dict[str, object]:
+    """Every key with its default, as TOML has it; None where there is none."""
+    own = {field.name: field.default for field in msgspec.structs.fields(DaemonConfig) if field.name != "tenants"}
+    return own | {f"tenants.NAME.{name}": getattr(TenantConfig(), name) for name in TenantConfig.__struct_fields__}
+
+
+def test_the_documentation_has_every_key_with_its_default():
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCUMENTATION.splitlines() if line.startswith("| `")]
+    rows = {row[0].strip("`"): row[2] for row in cells}
+    assert rows == {key: "" if default is None else f"`{write_value(default)}`" for key, default in keys().items()}
+    assert all(len(row) == 4 and row[1] and row[3] for row in cells)
+
+
+def test_the_documented_example_loads(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", DOCUMENTATION, re.DOTALL)
+    config = load_config(write(tmp_path, example))
+    assert config.tenants["ci"] == TenantConfig(memory="16G", cpus=4.0, uids=[998])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from agentrun.daemon import apply_options
 from agentrun.errors import UsageError
-from agentrun.policy import DEFAULT, Limits, parse_net
+from agentrun.hints import check_budget
+from agentrun.policy import DEFAULT, Egress, Limits, parse_net
 from agentrun.protocol import Options
 from agentrun.units import GIB, MIB, parse_number, parse_size, show_size
 
@@ -101,8 +102,30 @@ def test_options_are_laid_over_the_policy():
     assert apply_options(DEFAULT, Options()) == DEFAULT
     policy = apply_options(DEFAULT, Options(memory="64M", cpus="1.5", pids="10", timeout="2.5", net="host", best_effort="1"))
     limits = msgspec.structs.replace(DEFAULT.limits, memory_max=64 * MIB, cpus=1.5, pids_max=10)
-    assert policy == msgspec.structs.replace(DEFAULT, limits=limits, timeout=2.5, net="host", best_effort=True)
+    insist = ("memory.max", "cpu.max", "pids.max")
+    given = {"limits": limits, "timeout": 2.5, "net": "host", "best_effort": True, "insist": insist, "lenient": True}
+    assert policy == msgspec.structs.replace(DEFAULT, **given)
     assert isinstance(policy.limits.pids_max, int)
+
+
+def test_egress_needs_a_policy_that_names_hosts():
+    with pytest.raises(UsageError, match=r"^--net: policy default names no hosts for egress to reach \(net\.allow\)$"):
+        apply_options(DEFAULT, Options(net="egress"))
+    fetch = msgspec.structs.replace(DEFAULT, egress=Egress(allow=("pypi.org:443",)))
+    assert apply_options(fetch, Options(net="egress")).net == "egress"
+
+
+@pytest.mark.parametrize("best_effort", ["", "1"])
+@pytest.mark.parametrize(("memory", "fits"), [(None, True), ("1G", True), ("2G", False), ("2048M", False), ("3G", False)])
+def test_what_is_asked_for_by_name_has_to_fit_the_budget(memory, fits, best_effort):
+    """Also if it is the built-in default's own number, which by itself asks for nothing."""
+    policy = apply_options(DEFAULT, Options(memory=memory, pids="9", best_effort=best_effort))
+    if fits:
+        check_budget(policy, DEFAULT, GIB, "small")
+    else:
+        with pytest.raises(UsageError, match=r"memory\.max: [23]G is above the budget of tenant 'small', 1G$"):
+            check_budget(policy, DEFAULT, GIB, "small")
+    check_budget(policy, DEFAULT, None, "other")
 
 
 def test_one_limit_keeps_the_others():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrun.errors import HostError, SandboxError
-from agentrun.pool import DECAY, PARALLEL_BUILDS, RETRY_MOST, UNUSED, Pool
+from agentrun.pool import DECAY, PARALLEL_BUILDS, RETIRED, RETRY_MOST, UNUSED, Pool
 
 
 class Works:
@@ -238,6 +238,43 @@ def test_a_pool_nobody_uses_is_emptied():
         assert pool.target >= 2
 
     run(least=2)
+
+
+def test_a_pool_nobody_has_used_for_long_is_deserted():
+    @pooled
+    async def run(pool, works, nursery):
+        slot, _ = await pool.lease()
+        await trio.sleep(RETIRED + 1)
+        assert not pool.deserted, "a call runs"
+        pool.release(slot)
+        await trio.sleep(RETIRED)
+        assert not pool.deserted, "one ended just now"
+        pool.shrink()
+        await trio.sleep(1)
+        assert pool.deserted
+        with trio.move_on_after(0.5):
+            await pool.lease()
+        await trio.sleep(0.4)
+        assert not pool.deserted, "somebody has called"
+        pool.shrink()
+        await trio.sleep(RETIRED + 1)
+        assert pool.deserted
+        assert not pool.closed
+        pool.close()
+        assert pool.closed
+
+    run(least=1)
+
+
+def test_a_pool_that_was_filled_is_never_deserted():
+    @pooled
+    async def run(pool, works, nursery):
+        await pool.fill(0)
+        await trio.sleep(10 * RETIRED)
+        pool.shrink()
+        assert not pool.deserted
+
+    run()
 
 
 def test_bounds():

@@ -19,7 +19,8 @@ from agentrun.types import Unenforced
 
 BASE = tuple(key + b"=" + value for key, value in BASE_ENV.items())
 TERMS = Terms(
-    policy=DEFAULT, pool=None, files=None, unenforced=(), nproc=0, owner=(0, 0), env=BASE_ENV, entries=BASE, forbidden=()
+    policy=DEFAULT, limits=DEFAULT.limits, pool=None, files=None, unenforced=(), nproc=0, owner=(0, 0), env=BASE_ENV,
+    entries=BASE, forbidden=(),
 )  # fmt: skip
 encode_env = TERMS.environment
 
@@ -38,6 +39,18 @@ def test_one_string_is_no_command(argv):
 def test_no_command(argv):
     with pytest.raises(UsageError, match="there is no command to run"):
         encode_argv(argv)
+
+
+@pytest.mark.parametrize("argv", [["a", "\ud800"], [5], ["a", None], 5, None, [["a"]]])
+def test_what_is_no_command(argv):
+    with pytest.raises(UsageError, match=r"^argv is a list of texts, bytes or paths: "):
+        encode_argv(argv)
+
+
+@pytest.mark.parametrize("env", [{"A": "\ud800"}, {"\ud800": "x"}, {"A": 5}, {5: "x"}])
+def test_a_variable_that_is_no_text(env):
+    with pytest.raises(UsageError, match=r"^env: .* is no text$"):
+        encode_env(env)
 
 
 def test_a_nul_is_named_by_its_place():
@@ -138,6 +151,13 @@ def test_a_limit_that_was_asked_for_is(limits, text):
         check_enforced(MISSING, asks(**limits), DEFAULT)
     assert str(caught.value) == text
     check_enforced(MISSING, msgspec.structs.replace(asks(**limits), best_effort=True), DEFAULT)
+
+
+def test_the_callers_best_effort_takes_back_what_he_asked_for():
+    policy = msgspec.structs.replace(asks(memory_max=5), insist=("memory.max",), best_effort=True)
+    with pytest.raises(LimitError):  # it is the policy's: it does not speak for the caller
+        check_enforced(MISSING, policy, DEFAULT)
+    check_enforced(MISSING, msgspec.structs.replace(policy, lenient=True), DEFAULT)
 
 
 def test_every_limit_file_stands_for_a_field():

@@ -86,7 +86,7 @@ class Control:
                 nursery.start_soon(self.link.run, name="agentrun probes")
 
     async def wait_ready(self, patience: float = 60.0, *, everything: bool = False) -> None:
-        """Wait until memory is held by programs in the kernel, or it is known that there will be none; or for all that was asked."""
+        """Wait until memory is held by programs in the kernel or will not be; or for ``everything`` that was asked for."""
         if self.link is not None:
             with trio.move_on_after(patience):
                 await (self.link.done if everything else self.link.ready).wait()

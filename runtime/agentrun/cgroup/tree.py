@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -197,6 +197,20 @@ class Tree:
                 raise
             self._tenants[name] = fd
         return self._tenants[name]
+
+    def drop_tenants(self, keep: Collection[str]) -> list[str]:
+        """Remove the cgroups of all tenants but these, as far as they are empty; returns whose are gone."""
+        gone = []
+        for name in [name for name in self._tenants if name not in keep]:
+            try:
+                os.rmdir(f"tenant-{name}", dir_fd=self.fd)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue  # a sandbox of it is still being taken down
+            os.close(self._tenants.pop(name))
+            gone.append(name)
+        return gone
 
     def leaf(self, tenant: str, name: str, files: Mapping[str, str]) -> Leaf:
         """A new leaf below a tenant that exists; ``files`` are written before any process can be in it."""

@@ -31,13 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Print until interrupted, or the daemon ends."""
     if args.count is not None and args.count < 1:
         raise UsageError("count: not a positive number")
-    if not args.json:
-        print(_HEAD, flush=True)
     left = args.count
     try:
         for news in follow(args.socket, {"op": "bursts"}):
             print(json.dumps(news) if args.json else _line(news), flush=True)
-            if left is not None and (left := left - 1) == 0:
+            if news["event"] != "listening" and left is not None and (left := left - 1) == 0:
                 return 0
     except KeyboardInterrupt:
         return 0
@@ -68,6 +66,8 @@ def follow(path: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _line(news: dict[str, Any]) -> str:
+    if news["event"] == "listening":  # what happens from here on is told
+        return f"memory is held by: {news['mode']}\n{_HEAD}"
     when = datetime.fromtimestamp(news["time"]).astimezone()
     what = news["rung"] if news["event"] == "step" else news["event"]
     reaction = news.get("reaction")

@@ -24,6 +24,7 @@ from agentrun.daemon import Daemon, open_listener
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor, ExecutorConfig, open_executor
 from agentrun.metrics import open_metrics, serve_metrics
+from agentrun.nursery import open_plain_nursery
 from agentrun.protocol import error_frame
 
 NICE = -10
@@ -48,16 +49,7 @@ def run(args: argparse.Namespace) -> int:
     check_name(args.name)
     _raise_descriptor_limit()
     _raise_priority()
-    try:
-        trio.run(_serve, config, args.name)
-    except BaseExceptionGroup as group:
-        wanted, rest = group.split(AgentrunError)
-        if wanted is None or rest is not None:
-            raise
-        error: BaseException = wanted
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from group
+    trio.run(_serve, config, args.name)
     return 0
 
 
@@ -81,7 +73,7 @@ async def _serve(config: DaemonConfig, name: str) -> None:
 async def _run(
     config: DaemonConfig, name: str, listeners: list[trio.socket.SocketType], scraped: trio.socket.SocketType | None
 ) -> None:
-    async with open_executor(executor_config(config, name)) as executor, trio.open_nursery() as nursery:
+    async with open_executor(executor_config(config, name)) as executor, open_plain_nursery() as nursery:
         daemon = Daemon(executor, config)
         # A policy that does not load stops the daemon here, where somebody looks, and not a call in the night.
         executor.policies.reload()

@@ -99,7 +99,8 @@ def _print_kill(data: dict[str, Any]) -> None:
 
 
 def _print_stats(data: dict[str, Any]) -> None:
-    print(*(f"{key} {data[key]}" for key in ("running", "queued", "completed", "refused", "stuck")), sep="  ")
+    # Who is not root is told of nothing but his own.
+    print(*(f"{key} {data[key]}" for key in ("running", "queued", "completed", "refused", "stuck") if key in data), sep="  ")
     print(f"{'POOL':<24}" + "".join(f"{key:>10}" for key in _POOL))
     for name, pool in data["pools"].items():
         print(f"{name:<24}" + "".join(f"{pool[key]:>10}" for key in _POOL))
