@@ -50,12 +50,19 @@ class Base(msgspec.Struct, frozen=True):
 
 def find_mount(mountinfo: str = "/proc/self/mountinfo") -> Path | None:
     """The cgroup2 mount point, the first one if there are several (hybrid hosts have it beside the v1 hierarchies)."""
+    return next((mount for mount, _ in _mounts(mountinfo)), None)
+
+
+def _mounts(mountinfo: str = "/proc/self/mountinfo") -> list[tuple[Path, str]]:
+    """Where cgroup2 is mounted, and which cgroup of it is there."""
+    found = []
     for line in Path(mountinfo).read_bytes().splitlines():
         before, _, after = line.partition(b" - ")
         if after.split(b" ", 1)[0] == b"cgroup2":
             # proc_pid_mountinfo(5): blank, tab, newline and backslash are octal escapes.
-            return Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), before.split()[4])))
-    return None
+            fields = [re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), field) for field in before.split()]
+            found.append((Path(os.fsdecode(fields[4])), os.fsdecode(fields[3])))
+    return found
 
 
 def find_base(environ: Mapping[str, str] = os.environ) -> Base:
@@ -120,8 +127,8 @@ class Tree:
     @property
     def level(self) -> int:
         """How deep it is in the cgroup tree; the root is 0. Within a cgroup namespace, as deep as that shows."""
-        mount = find_mount()
-        return 0 if mount is None else len(self.path.relative_to(mount).parts)
+        places = [(mount, root) for mount, root in _mounts() if self.path.is_relative_to(mount)]
+        return max((len(Path(root).parts) - 1 + len(self.path.relative_to(mount).parts) for mount, root in places), default=0)
 
     def _enable(self) -> frozenset[str]:
         """Enable our controllers from the base down; returns those the leaves will have."""
