@@ -31,6 +31,10 @@ OOMD_HIGH = 0.95
 """Without swap there is no pressure below memory.max, only the kernel's own kill at it: so the budget has a memory.high too."""
 
 
+WEIGHTS = {True: 150, False: 50}
+"""cpu.weight of the HIGH one and of a LOW one, as AgentCgroup has them."""
+
+
 class Workload(msgspec.Struct, frozen=True):
     """A tenant's command; it writes only below ``Setting.directory``, where all its files are."""
 
@@ -123,7 +127,7 @@ async def in_cgroups(
     """Each in its leaf with its `limits`, all below one cgroup with the `shared` ones."""
     budget = CGROUPS / "replay"
     budget.mkdir()
-    (budget / "cgroup.subtree_control").write_text("+memory")
+    (budget / "cgroup.subtree_control").write_text("+memory +cpu")
     for name, value in shared.items():
         (budget / name).write_text(str(value))
     leaves: list[Leaf] = []
@@ -192,10 +196,10 @@ async def arm_max(workloads: Sequence[Workload], setting: Setting) -> list[Ended
 
 
 async def arm_high(workloads: Sequence[Workload], setting: Setting) -> list[Ended]:
-    """A third of the budget for each LOW one, with memory.high alone; the HIGH one is not limited, as in AgentCgroup."""
+    """A third of the budget for each LOW one, with memory.high alone; the HIGH one is not limited. Weights as in AgentCgroup."""
 
     def limits(workload: Workload, setting: Setting) -> dict[str, int]:
-        return {} if workload.high else {"memory.high": setting.budget // 3}
+        return {"cpu.weight": WEIGHTS[workload.high]} | ({} if workload.high else {"memory.high": setting.budget // 3})
 
     return await in_cgroups(workloads, setting, limits, {"memory.max": setting.budget})
 
@@ -207,6 +211,7 @@ async def arm_psi(workloads: Sequence[Workload], setting: Setting) -> list[Ended
 
 
 HIGH_PRIORITY = 10
+NO_BUDGET = Limits(memory_max=None, memory_swap_max=None, pids_max=None)
 
 
 def policy_for(workload: Workload, setting: Setting) -> Policy:
@@ -227,11 +232,18 @@ def policy_for(workload: Workload, setting: Setting) -> Policy:
 async def arm_agentrun(workloads: Sequence[Workload], setting: Setting) -> list[Ended]:
     """agentrun, as a host's owner would set it up: one memory budget, a tenant of higher priority, the probes process.
 
-    ``Ended.how`` is the call's outcome, or the reason of its verdict. CPU weights are everybody's default, as in the other arms.
+    ``Ended.how`` is the call's outcome, or the reason of its verdict. Tenants have AgentCgroup's weights, as in `high`.
     """
+    tenants = {one.name: msgspec.structs.replace(NO_BUDGET, cpu_weight=WEIGHTS[one.high]) for one in workloads}
     priorities = {workload.name: HIGH_PRIORITY for workload in workloads if workload.high}
     config = ExecutorConfig(
-        probes=True, phases=False, memory_budget=setting.budget, tenant_priorities=priorities, pool_least=0, pool_most=0
+        probes=True,
+        phases=False,
+        memory_budget=setting.budget,
+        tenant_priorities=priorities,
+        tenant_limits=tenants,
+        pool_least=0,
+        pool_most=0,
     )
     ended: dict[str, Ended] = {}
     async with open_executor(config) as executor:

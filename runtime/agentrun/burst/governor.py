@@ -237,10 +237,15 @@ class Governor:
         if watch is not None and not entry.killed:
             if event.why == "exhausted":
                 watch.bucket.empty()
+            watch.hit = watch.hit or event.why != "below"
             self._look(watch, trio.current_time(), event.ns)
 
     def _heed(self, watch: Watch) -> None:
-        watch.notice = self._notices.heed(watch.leaf.fd, lambda: self._look(watch, trio.current_time(), None))
+        def reached() -> None:
+            watch.hit = True
+            self._look(watch, trio.current_time(), None)
+
+        watch.notice = self._notices.heed(watch.leaf.fd, reached)
 
     async def _tick(self) -> None:
         while True:
@@ -262,8 +267,11 @@ class Governor:
             self._table.correct(entry.number, watch.usage, cache, credit)
         more = self._available(watch)
         headroom = worth_it(watch.claim(), more, granted=watch.rung is Rung.GRANTED)
+        # Held at its memory.high a call seldom shows a page more than that, and crawls: who is at the line is above it.
+        watch.hit = watch.hit and whole > watch.near
+        usage = max(watch.usage, (watch.limits.memory_high or 0) + 1) if watch.hit and watch.usage > watch.near else watch.usage
         step = climb(Situation(
-            rung=watch.rung, usage=watch.usage, credit=credit, headroom=headroom, can_throttle=self._controller, now=now,
+            rung=watch.rung, usage=usage, credit=credit, headroom=headroom, can_throttle=self._controller, now=now,
             until=watch.until,
         ), watch.limits)  # fmt: skip
         stands_still = step is not None and step.rung in (Rung.FROZEN, Rung.KILLED) and credit > 0 and not headroom
@@ -271,10 +279,12 @@ class Governor:
             self._take(entry, watch, step, seen_ns)
         if self._controller and watch.rung is Rung.GRANTED:
             self._open(watch, whole + more)
-        if watch.rung is not Rung.WITHIN or whole > (watch.limits.memory_high or 0):
+        if watch.rung is not Rung.WITHIN or watch.hit:
             self._active.add(watch)
-        else:
+        elif watch in self._active:
             self._active.discard(watch)
+            if self._table is not None and entry.number:
+                self._table.rearm(entry.number)
         if watch.rung not in (Rung.FROZEN, Rung.KILLED):
             self._continue(entry, self._table)
 

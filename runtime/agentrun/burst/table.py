@@ -152,6 +152,10 @@ class Table:
         struct.pack_into("@Q", view, at + fields["looked_us"].offset, monotonic_ns() // 1000)
         struct.pack_into("@I", view, at + fields["looked"].offset, 1)
 
+    def rearm(self, number: int) -> None:
+        """A leaf is below its budget again, whether a charge has shown it or not: the next crossing is a new one."""
+        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _LEAF.fields["state"].offset, 0)
+
     def release(self, number: int) -> None:
         """Its stopped tasks are let go: the next time they are to be stopped is a new one."""
         view, at, fields = self._leaves.view, number * _LEAF.size, _LEAF.fields

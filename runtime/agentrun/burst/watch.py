@@ -25,6 +25,10 @@ class Watch:
         self.steps: list[BurstStep] = []
         self.started = monotonic()
         self.since = float("inf")
+        self.near = limits.memory_high - min(1 << 20, limits.memory_high >> 5)
+        """Bytes from which on a call that has reached its budget is still taken to be at it: memory.high holds it just below."""
+        self.hit = False
+        """It has reached its budget, and has not been clearly below since."""
         self.notice = -1
         """Of ``notices``, where the controller's own are what wakes the governor."""
         self.usage = self.high = 0
