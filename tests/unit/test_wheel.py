@@ -81,7 +81,7 @@ def test_the_licence_and_the_names(wheel, names):
         metadata = email.message_from_bytes(archive.read("agentrun-0.1.0.dist-info/METADATA"))
         scripts = archive.read("agentrun-0.1.0.dist-info/entry_points.txt").decode()
     assert (metadata["Name"], metadata["License-Expression"], metadata["Requires-Python"]) == ("agentrun", "Apache-2.0", ">=3.11")
-    assert {line.split(">")[0] for line in metadata.get_all("Requires-Dist")} == {"idna", "msgspec", "trio"}
+    assert {line.split(">")[0] for line in metadata.get_all("Requires-Dist")} == {"idna", "msgspec", "rich", "trio"}
     assert "agentrun-cli = agentrun.cli:main" in scripts
 
 

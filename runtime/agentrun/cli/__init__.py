@@ -23,6 +23,7 @@ VERBS = {
     "top": ("top", "the calls that run, with their memory, processor time and pressure"),
     "bursts": ("bursts", "what memory control sees and does, as it happens"),
     "policy": ("policy", "list, show, check and compare policies"),
+    "image": ("image", "import, pull, list, remove and verify root file systems"),
     "doctor": ("doctor", "try what agentrun needs of this host, feature by feature"),
 }
 
