@@ -17,6 +17,7 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -730,7 +731,10 @@ def in_child(action: Callable[[], object]) -> int:
         try:
             action()
             status = 0
+        except BaseException:  # noqa: BLE001 - whatever it was, this is the end of it
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(status)
     return pid
 

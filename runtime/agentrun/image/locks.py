@@ -93,17 +93,19 @@ def lease(directory: Path) -> int:
 
 
 def claim(directory: Path) -> int | None:
-    """A descriptor that holds a directory for ourselves alone; None if anybody else has it."""
+    """A descriptor that holds a directory for ourselves alone; None if anybody else has it, or had it and has removed it."""
     try:
         fd = os.open(directory, _DIRECTORY)
     except OSError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(fd, directory):
+            return fd
     except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+        pass
+    os.close(fd)
+    return None
 
 
 def start_work(where: Path) -> Work:

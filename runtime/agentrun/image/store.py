@@ -263,7 +263,7 @@ class Store:
                             continue  # it was removed since, and nothing needs it
                         held = self._keeper.hold(layer, leases)
                     faults += check_layer(self._shelf, layer, held)
-                done += self._shelf.layer(layer).size
+                    done += self._shelf.layer(layer).size
             except HostError as error:
                 faults.append(Fault(f"layer {layer}", "", str(error)))
         return faults
