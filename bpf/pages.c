@@ -6,7 +6,8 @@
 // files on disk is let go when it becomes that: the kernel can drop or write it back. Pages that the kernel moves (compaction,
 // khugepaged) leave the account.
 //
-// What makes it cheap enough for every page: each CPU remembers which leaf the task it runs belongs to, and judges once in BATCH pages.
+// What makes it cheap enough for every page: each CPU remembers which leaf the task it runs belongs to, and judges once in BATCH pages;
+// of a leaf that has used up its memory already, at every page, or each process of a fork tree would have a batch before it is hit.
 // Raw tracepoints pass pointers to struct page, 64 bytes apart; modulo a power of two that spans all of memory they number the
 // pages without knowing where the kernel put its memory map.
 #include <asm/page.h>
@@ -19,7 +20,7 @@ struct cpu {
     s32 pending;    // pages that are in no account yet
     u64 page;       // the last allocation
     u32 order;
-    u32 padding;
+    s32 batch;      // pages between two looks at the leaf
 };
 BPF_PERCPU_ARRAY(cpus, struct cpu, 1);
 BPF_ARRAY(owners, u64, PAGES / 4); // 16 bits a page
@@ -114,7 +115,9 @@ static __always_inline void look_up(struct cpu *cpu, u32 task, struct settings *
         u64 id = bpf_get_current_ancestor_cgroup_id(now->level[i]);
         u32 *slot = slots.lookup(&id);
         if (slot) {
+            struct leaf *leaf = leaves.lookup(slot);
             cpu->slot = *slot;
+            cpu->batch = leaf && leaf->state & (STATE_EXHAUSTED | STATE_CEILING) ? 1 : BATCH;
             break;
         }
     }
@@ -141,7 +144,7 @@ RAW_TRACEPOINT_PROBE(mm_page_alloc)
     cpu->page = page;
     cpu->order = order;
     cpu->pending += 1 << order;
-    if (cpu->pending >= BATCH) {
+    if (cpu->pending >= cpu->batch) {
         s32 batch = cpu->pending;
         cpu->pending = 0;
         settle(cpu->slot, batch, true);
