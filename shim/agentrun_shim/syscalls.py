@@ -8,6 +8,7 @@ Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), mount_
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -25,14 +26,17 @@ MOUNT_ATTR_NODEV: Final = 0x00000004
 MOUNT_ATTR_NOEXEC: Final = 0x00000008
 MOUNT_ATTR_NOSUID: Final = 0x00000002
 MOUNT_ATTR_RDONLY: Final = 0x00000001
+MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
 MS_NOSUID: Final = 2
 MS_PRIVATE: Final = 1 << 18
 MS_RDONLY: Final = 1
+MS_REC: Final = 1 << 14
 OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 OPEN_TREE_CLONE: Final = 1
 
+CLONE_FS: Final = 0x00000200
 CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWIPC: Final = 0x08000000
 CLONE_NEWNET: Final = 0x40000000
@@ -41,7 +45,7 @@ CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWUTS: Final = 0x04000000
 
-_NR_OPEN_TREE, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_MOUNT_SETATTR = 428, 430, 431, 432, 442
+_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -87,8 +91,34 @@ def new_filesystem(fstype: str, options: dict[str, str], attr_flags: int) -> int
         return _call(
             f"fsmount {fstype}", _NR_FSMOUNT, ctypes.c_int(fs), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attr_flags)
         )
+    except OSError as error:
+        raise OSError(error.errno, _complaint(fs) or error.strerror, error.filename) from None
     finally:
         os.close(fs)
+
+
+def _complaint(fs: int) -> str:
+    """What a file system says of its own accord about why it cannot be made: fsopen(2), "Message retrieval interface"."""
+    said = []
+    with contextlib.suppress(OSError):  # ENODATA: no more
+        while line := os.read(fs, 4096):
+            said.append(line.decode(errors="replace").strip())
+    return "; ".join(line.removeprefix("e ") for line in said if line.startswith("e "))
+
+
+def move_mount(mount_fd: int, dirfd: int, path: str) -> None:
+    """Attach a detached mount at ``path``."""
+    _call(
+        f"move_mount {path}", _NR_MOVE_MOUNT, ctypes.c_int(mount_fd), b"", ctypes.c_int(dirfd), os.fsencode(path),
+        ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH),
+    )  # fmt: skip
+
+
+def leave_mount_namespace() -> None:
+    """Give the calling thread a mount namespace of its own, from which nothing comes back: unshare(2), mount_namespaces(7)."""
+    if _libc.unshare(CLONE_FS | CLONE_NEWNS) or _libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "unshare")
 
 
 def mount_setattr(mount_fd: int, attr_set: int, *, recursive: bool = False, userns_fd: int = 0) -> None:
