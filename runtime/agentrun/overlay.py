@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from agentrun_shim import syscalls as sc
 
-_MOST_OPTIONS = 4000
-"""Bytes of lowerdir=: fsconfig(2) takes 255 characters less than a page of them (vfs_parse_fs_string, PAGE_SIZE)."""
+_OPTIONS = {"redirect_dir": "off", "metacopy": "off", "index": "off", "xino": "off"}
 _attached_only = False
-"""This kernel wants layers attached to the mount namespace of whoever makes the overlay: before Linux 6.15 (clone_private_mount)."""
+"""This kernel wants layers one by one, or attached to the mount namespace of whoever makes the overlay: before Linux 6.15
+(clone_private_mount)."""
 
 
 def mount_overlay(lowers: Sequence[int], *, upper: int = -1, flags: int = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV) -> int:
@@ -33,52 +33,57 @@ def mount_overlay(lowers: Sequence[int], *, upper: int = -1, flags: int = sc.MOU
     Raises:
         OSError: a mount call failed; with what overlay says about it, where it says something.
     """
-    global _attached_only  # noqa: PLW0603 - what the kernel can is the same for everybody
+    global _attached_only
     if not _attached_only:
         try:
-            return _mount(lowers, upper, flags)
+            return _mount_detached(lowers, upper, flags)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-    mount = _mount_in_thread(lowers, upper, flags)
+    mount = _mount_attached(lowers, upper, flags)
     _attached_only = True
     return mount
 
 
-def _mount(lowers: Sequence[int], upper: int, flags: int) -> int:
-    options = {"redirect_dir": "off", "metacopy": "off", "index": "off", "xino": "off"}
-    return sc.new_filesystem("overlay", {**options, **_layers(lowers, upper)}, flags)
+def _mount_detached(lowers: Sequence[int], upper: int, flags: int) -> int:
+    options = [*_OPTIONS.items(), *(("lowerdir+", f"/proc/self/fd/{fd}") for fd in lowers)]
+    if upper >= 0:
+        options += [("upperdir", f"/proc/self/fd/{upper}/upper"), ("workdir", f"/proc/self/fd/{upper}/work")]
+    return sc.new_filesystem("overlay", options, flags)
 
 
-def _layers(lowers: Sequence[int], upper: int) -> Mapping[str, str]:
-    lower = ":".join(f"/proc/self/fd/{fd}" for fd in lowers)
-    if len(lower) > _MOST_OPTIONS:
-        raise OSError(errno.E2BIG, f"{len(lowers)} layers are more than overlay can be told at once", "overlay")
-    if upper < 0:
-        return {"lowerdir": lower}
-    return {"lowerdir": lower, "upperdir": f"/proc/self/fd/{upper}/upper", "workdir": f"/proc/self/fd/{upper}/work"}
+def _mount_attached(lowers: Sequence[int], upper: int, flags: int) -> int:
+    """The same from a thread with a mount namespace of its own to attach the layers in; overlay keeps its own clones of them.
 
-
-def _mount_in_thread(lowers: Sequence[int], upper: int, flags: int) -> int:
-    """The same, from a thread with a mount namespace of its own to attach the layers in; overlay has its own clones of them."""
+    By mount(2), which takes a page of names: fsconfig(2) takes 255 bytes, and layers one by one only since Linux 6.7.
+    """
     found: list[int | OSError] = []
 
     def attach_and_mount() -> None:
         mounts: list[int] = []
         try:
             sc.leave_mount_namespace()
-            stage = sc.new_filesystem("tmpfs", {"size": "64k"}, sc.MOUNT_ATTR_NOSUID)
+            stage = sc.new_filesystem("tmpfs", {"size": "1m"}, sc.MOUNT_ATTR_NOSUID)
             mounts.append(stage)
-            sc.move_mount(stage, sc.AT_FDCWD, "/dev")  # any directory but /proc will do; every host has this one
-            for number, fd in enumerate((*lowers, *([upper] if upper >= 0 else []))):
-                os.mkdir(str(number), dir_fd=stage)
-                sc.move_mount(fd, stage, str(number))
-            found.append(_mount(lowers, upper, flags))
+            sc.move_mount(stage, sc.AT_FDCWD, "/dev")  # any directory that every host has
+            os.fchdir(stage)
+            for name, fd in [*((str(number), fd) for number, fd in enumerate(lowers)), *([("u", upper)] if upper >= 0 else [])]:
+                os.mkdir(name)
+                sc.move_mount(fd, stage, name)
+            options = {**_OPTIONS, "lowerdir": ":".join(str(number) for number in range(len(lowers)))}
+            if upper >= 0:
+                options |= {"upperdir": "u/upper", "workdir": "u/work"}
+            os.mkdir("mnt")
+            sc.mount(b"overlay", b"mnt", b"overlay", 0, ",".join(f"{key}={value}" for key, value in options.items()).encode())
+            mount = sc.open_tree(stage, "mnt", sc.OPEN_TREE_CLONE)
+            mounts.append(mount)
+            sc.mount_setattr(mount, flags)
+            found.append(mounts.pop())
         except OSError as error:
             found.append(error)
         finally:
-            for mount in mounts:
-                os.close(mount)
+            for fd in mounts:
+                os.close(fd)
 
     thread = threading.Thread(target=attach_and_mount, name="overlay")
     thread.start()

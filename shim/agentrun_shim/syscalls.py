@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 AT_EMPTY_PATH: Final = 0x1000
@@ -76,11 +77,14 @@ def open_tree(dirfd: int, path: str, flags: int) -> int:
     )
 
 
-def new_filesystem(fstype: str, options: dict[str, str], attr_flags: int) -> int:
-    """A new, detached file system: fsopen, fsconfig and fsmount in one; returns the mount's fd, close-on-exec."""
+def new_filesystem(fstype: str, options: Mapping[str, str] | Sequence[tuple[str, str]], attr_flags: int) -> int:
+    """A new, detached file system: fsopen, fsconfig and fsmount in one; returns the mount's fd, close-on-exec.
+
+    An option may come more than once; fsconfig(2) takes 255 bytes of each.
+    """
     fs = _call(f"fsopen {fstype}", _NR_FSOPEN, fstype.encode(), ctypes.c_uint(FSOPEN_CLOEXEC))
     try:
-        for key, value in options.items():
+        for key, value in options.items() if isinstance(options, Mapping) else options:
             _call(
                 f"fsconfig {fstype} {key}={value}", _NR_FSCONFIG, ctypes.c_int(fs), ctypes.c_uint(FSCONFIG_SET_STRING),
                 key.encode(), value.encode(), ctypes.c_int(0),
@@ -112,6 +116,13 @@ def move_mount(mount_fd: int, dirfd: int, path: str) -> None:
         f"move_mount {path}", _NR_MOVE_MOUNT, ctypes.c_int(mount_fd), b"", ctypes.c_int(dirfd), os.fsencode(path),
         ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH),
     )  # fmt: skip
+
+
+def mount(source: bytes, target: bytes, fstype: bytes, flags: int, data: bytes) -> None:
+    """mount(2), for what the newer calls cannot say."""
+    if _libc.mount(source, target, fstype, ctypes.c_ulong(flags), data):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), f"mount {os.fsdecode(fstype)}")
 
 
 def leave_mount_namespace() -> None:
