@@ -19,6 +19,7 @@ from agentrun.cgroup.leaf import LeafStats
 from agentrun.deadlines import Deadlines
 from agentrun.egress.ledger import Denial
 from agentrun.errors import HostError, SandboxError, UsageError
+from agentrun.policy import HOST
 from agentrun.request import Request
 from agentrun.slot import Slot
 from agentrun.stdio import Stdio
@@ -307,5 +308,10 @@ def _start_verdict(event: Event, request: Request) -> Verdict:
     if event.step is Step.WORKSPACE:
         detail = request.workspace_path
         if event.error in (*_NOT_FOUND, errno.EROFS):
-            detail += " is not in the sandbox's view of the host; if it, or its file system, is newer than agentrun, restart that"
+            if request.terms.policy.fs.image == HOST:
+                detail += (
+                    " is not in the sandbox's view of the host; if it, or its file system, is newer than agentrun, restart that"
+                )
+            else:
+                detail += " cannot be in this image, which is read-only and has something else of its own there"
     raise SandboxError(step_name(event.step), event.error, detail)

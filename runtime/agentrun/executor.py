@@ -34,7 +34,7 @@ from agentrun.fleet import Fleet, FleetConfig
 from agentrun.hints import apply_hint
 from agentrun.latency import Latency, Report
 from agentrun.nursery import open_plain_nursery
-from agentrun.policy import Policy
+from agentrun.policy import HOST, Policy
 from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
 from agentrun.request import Request, Text, check_tenant, encode_argv
@@ -92,7 +92,7 @@ class Executor:
         self.memory = memory
         self.latency = latency
         self.tree = tree
-        self._fleet = fleet
+        self._fleet, self._images = fleet, fleet.images
         self._deadlines = Deadlines()
         self._calls: dict[str, Call] = {}
         self.policies = PolicyStore()
@@ -118,6 +118,7 @@ class Executor:
         stderr: int | None = None,
         timeout: float | None = None,
         hint: str | None = None,
+        image: str | None = None,
         timings: bool = False,
     ) -> Result:
         """Run one command in a fresh sandbox and wait for it.
@@ -131,6 +132,7 @@ class Executor:
             stdout, stderr: a descriptor to write to; else captured, up to ``capture_limit`` bytes each.
             timeout: seconds, instead of the policy's.
             hint: the memory the call will need, such as ``memory:high`` or ``memory:4g``; see ``agentrun.hints``.
+            image: the root, instead of the policy's: an image of the store by name or id, or ``host``.
             timings: have ``phases`` in the result, as far as the kernel's programs recorded them.
 
         Cancelling it kills the call's leaf, waits for it, and goes on cancelling.
@@ -145,7 +147,7 @@ class Executor:
         try:
             request = self.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
-                env=env, timeout=timeout, hint=hint, timings=timings,
+                env=env, timeout=timeout, hint=hint, image=image, timings=timings,
             )  # fmt: skip
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
@@ -196,6 +198,7 @@ class Executor:
         env: Mapping[str, str] | Sequence[bytes] | None = None,
         timeout: float | None = None,
         hint: str | None = None,
+        image: str | None = None,
         timings: bool = False,
         caller: tuple[int, int] | None = None,
     ) -> Request:
@@ -208,7 +211,9 @@ class Executor:
             raise HostError("the executor is closing")
         command = encode_argv(argv)
         check_tenant(tenant)
-        rules = self._rules(policy)
+        rules = self._rules(policy, image)
+        if rules.fs.entrypoint:
+            command = tuple(encode(word, "entrypoint") for word in rules.fs.entrypoint) + command
         asked = None
         if hint:
             rules, asked = apply_hint(rules, hint, self._fleet.budget(tenant).memory_max)
@@ -225,7 +230,7 @@ class Executor:
         return Request(
             argv=command,
             env=terms.environment(env),
-            cwd=os.path.join(os.fsencode(path) or _HOME, encode(cwd or "", "cwd")).rstrip(b"/") or b"/",
+            cwd=os.path.join(os.fsencode(path or rules.fs.workdir) or _HOME, encode(cwd or "", "cwd")).rstrip(b"/") or b"/",
             terms=terms,
             timeout=timeout,
             tenant=tenant,
@@ -322,19 +327,23 @@ class Executor:
             if self._running == 0:
                 self._none_runs.set()
 
-    async def warm_up(self, policy: Policy | str = "default", tenant: str = "default", count: int = 1) -> None:
+    async def warm_up(
+        self, policy: Policy | str = "default", tenant: str = "default", count: int = 1, *, image: str | None = None
+    ) -> None:
         """Have ``count`` warm slots ready for calls of this policy and tenant, and keep as many from here on.
 
         Raises:
             HostError: they could not be built.
         """
-        await self._fleet.pool(check_tenant(tenant), self._rules(policy)).fill(count)
+        await self._fleet.pool(check_tenant(tenant), self._rules(policy, image)).fill(count)
 
-    def _rules(self, policy: Policy | str) -> Policy:
+    def _rules(self, policy: Policy | str, image: str | None) -> Policy:
         found = self.policies.find(policy) if isinstance(policy, str) else policy
         if not isinstance(found, Policy):
             raise UsageError(f"policy: {found!r} is neither a name nor a Policy")
-        return found
+        if image is not None:
+            found = self._images.choose(found, image)
+        return found if found.fs.image == HOST else self._images.pin(found)
 
     def calls(self) -> dict[str, Call]:
         """The calls that run now, by id."""

@@ -21,6 +21,7 @@ from agentrun.denials import Denials
 from agentrun.egress.path import EgressPath
 from agentrun.egress.rules import parse_rules
 from agentrun.errors import HostError, SandboxError
+from agentrun.images import Images
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun.pool import Pool, PoolStats
@@ -61,7 +62,8 @@ class Fleet:
         """Everything is built below ``tree`` and in ``nursery``; slots end when ``life_read`` sees its end of file."""
         self.governor, self._latency = governor, latency
         self._config, self._tree, self._nursery = config, tree, nursery
-        self._zygotes = Zygotes(nursery, life_read, config.id_base, latency)
+        self.images = Images()
+        self._zygotes = Zygotes(nursery, life_read, config.id_base, latency, self.images)
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
         self._built = 0
@@ -117,9 +119,9 @@ class Fleet:
         base, notify = self.id_base(tenant), self._zygotes.notify
         try:
             try:
-                slot = await build_slot(await self._zygotes.find(shape, base), self._tree, tenant, name, files, maps)
+                slot = await self._clone(shape, base, tenant, name, files, maps)
             except ZygoteDied:  # the next one is started for it; if that dies as well, something is wrong with the host
-                slot = await build_slot(await self._zygotes.find(shape, base), self._tree, tenant, name, files, maps)
+                slot = await self._clone(shape, base, tenant, name, files, maps)
         except SandboxError as error:
             if not (notify and error.step == "filter" and error.errno == errno.EBUSY):
                 raise
@@ -146,6 +148,20 @@ class Fleet:
                 self._forget(slot)
                 await slot.dispose()
                 raise
+        return slot
+
+    async def _clone(
+        self, shape: Shape, base: int, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]
+    ) -> Slot:
+        zygote = await self._zygotes.find(shape, base)
+        lease = zygote.lease and zygote.lease.share()
+        try:
+            slot = await build_slot(zygote, self._tree, tenant, name, files, maps)
+        except BaseException:
+            if lease is not None:
+                lease.close()
+            raise
+        slot.lease = lease
         return slot
 
     async def _open_network(self, slot: Slot, shape: Shape) -> EgressPath:

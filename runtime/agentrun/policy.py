@@ -62,9 +62,21 @@ class Bind(msgspec.Struct, frozen=True):
     mode: Literal["ro", "rw"] = "ro"
 
 
+HOST = "host"
+
+
 class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
     """What a call sees and may write."""
 
+    image: str = HOST
+    """What the root is made of: ``host``, or an image of the store by its name or id."""
+    workdir: str = ""
+    """Where a call starts that has neither a workspace nor said where: the image's own word, as is the next."""
+    entrypoint: tuple[str, ...] = ()
+    """What stands before every command."""
+    owners: tuple[int, int] = (0, 0)
+    """The uid and gid that have in the sandbox what is root's in the image, which has theirs. No tool is root: the one that would
+    be by its image's word owns what root would."""
     workspace: Literal["rw", "ro", "none"] = "rw"
     """The most a call may ask for."""
     binds: tuple[Bind, ...] = ()

@@ -95,6 +95,7 @@ def _filesystem(t: FsTable) -> p.Filesystem:
     for number, bind in enumerate(binds):
         check_bind(bind, f"fs.binds[{number}]", binds[:number])
     return p.Filesystem(
+        image=_given(t.image, base.image),
         workspace=_given(t.workspace, base.workspace),
         binds=binds,
         masked=masked,

@@ -17,6 +17,7 @@ _END = r"$(?!\n)"
 _SIZE = r"[0-9]{1,19}(\.[0-9]{1,9})? *([kmgtKMGT]([iI]?[bB])?|[bB])?"
 _NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 _LINE = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,200}"
+_IMAGE = r"[a-zA-Z0-9][a-zA-Z0-9._/:@+-]{0,250}"
 _PATH = r"/[^\x00-\x1f\x7f]{1,1023}"
 
 Size = Annotated[str, Meta(pattern=f"^{_SIZE}{_END}", description='a size such as "512M"')]
@@ -31,6 +32,7 @@ Id = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 6
 Name = Annotated[str, Meta(pattern=f"^{_NAME}{_END}", description="a name of a-z, 0-9, - and _, at most 64")]
 Line = Annotated[str, Meta(pattern=f"^{_LINE}{_END}", description="one line of text, at most 200 characters")]
 Profile = Annotated[str, Meta(pattern=f"^({_NAME}|{_PATH}){_END}", description="the name of a profile, or an absolute path")]
+Image = Annotated[str, Meta(pattern=f"^{_IMAGE}{_END}", description='"host", or the name of an image')]
 Umask = Annotated[str, Meta(pattern=f"^0?[0-7]{{3}}{_END}", description='three octal digits such as "022"')]
 Cpus = Annotated[float, Meta(ge=0.01, le=4096, description="a number of processors (0.01 to 4096)")]
 CpuSeconds = Annotated[float, Meta(ge=1e-6, le=1000, description="a number of seconds (0.000001 to 1000)")]
@@ -99,7 +101,7 @@ class BindTable(_Table, frozen=True, kw_only=True):
 class FsTable(_Table, frozen=True, kw_only=True):
     """What a call sees and may write."""
 
-    image: Literal["host"] | UnsetType = UNSET
+    image: Image | UnsetType = UNSET
     workspace: Literal["rw", "ro", "none"] | UnsetType = UNSET
     binds: Annotated[list[BindTable], Meta(max_length=64, description="a list of at most 64 tables")] | UnsetType = UNSET
     masked: Paths | UnsetType = UNSET

@@ -102,7 +102,7 @@ def _memory(policy: Policy) -> MemoryTable:
 def _filesystem(policy: Policy) -> FsTable:
     fs = policy.fs
     return FsTable(
-        image="host",
+        image=fs.image,
         workspace=fs.workspace,
         binds=[BindTable(source=bind.source, target=bind.target, mode=bind.mode) for bind in fs.binds],
         masked=list(fs.masked),

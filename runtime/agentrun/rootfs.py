@@ -38,15 +38,33 @@ NOBODY = ((False, 0xFFFFFFF0, 0x5FFFFFF0, 1), (True, 0xFFFFFFF0, 0x5FFFFFF0, 1))
 """Maps of a user namespace that has names for nobody: one id that no file has."""
 
 
+class Private(msgspec.Struct, frozen=True):
+    """A directory that is the call's own."""
+
+    name: str
+    """Of where it really is, on the scratch tmpfs."""
+    path: str
+    mode: int
+    owned: bool = False
+    """It is the tool's; else root's."""
+    on_demand: bool = False
+    """Not there before a workspace is attached below it."""
+
+
 class RootFs(msgspec.Struct):
     """Detached mounts ready for a plan. ``fds[0]`` is the root; ``moves`` are (fd index, path below the root)."""
 
     fds: list[int]
     moves: list[tuple[int, str]]
     binds: list[tuple[str, str]]
-    has_var_tmp: bool
+    has_var_tmp: bool = False
+    private: list[Private] = []
+    whole: bool = False
+    """All of it can be written to; nothing but /dev/shm is the call's own."""
     attached: set[str] = set()
     """Top-level directories of the host that are in it."""
+    points: frozenset[str] = frozenset()
+    """Where there is something to attach binds to already."""
     writable: list[tuple[str, bool]] = []
     """Absolute paths of writable binds, and whether each is a directory."""
 
@@ -68,7 +86,9 @@ def open_host_root(
     Raises:
         HostError: a mount call failed; the message names it.
     """
-    root = RootFs([], [], [], os.path.isdir(os.path.join(host, "var/tmp")))
+    private = [Private(name, f"/{name}", mode) for name, mode in PRIVATE.items()]
+    private += [Private(name, f"/{name}", mode, on_demand=True) for name, mode in ON_DEMAND.items()]
+    root = RootFs([], [], [], os.path.isdir(os.path.join(host, "var/tmp")), private)
     try:
         _build(root, host, ids, etc or {}, nobody)
     except OSError as error:
@@ -89,11 +109,11 @@ def _build(root: RootFs, host: str, ids: tuple[int, int], etc: Mapping[str, byte
             os.symlink(os.readlink(entry.path), entry.name, dir_fd=base)
         elif entry.is_dir():
             os.mkdir(entry.name, 0o755, dir_fd=base)
-            _move(root, _clone_read_only(entry.path, nobody), entry.name)
+            move(root, _clone_read_only(entry.path, nobody), entry.name)
             root.attached.add(entry.name)
     # A fully visible /proc has to be there before a user namespace may mount its own (mount_too_revealing, fs/namespace.c).
-    _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
-    _build_dev(root, base, host)
+    move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "proc"), sc.OPEN_TREE_CLONE), "proc")
+    build_dev(root, base, host)
     _build_etc(root, base, host, ids, etc)
 
 
@@ -107,7 +127,8 @@ def _clone_read_only(path: str, nobody: int) -> int:
     return fd
 
 
-def _build_dev(root: RootFs, base: int, host: str) -> None:
+def build_dev(root: RootFs, base: int, host: str) -> None:
+    """A minimal /dev on ``base``, which has the directory already."""
     os.mkdir("dev/pts", 0o755, dir_fd=base)
     for name, target in _dev_links():
         os.symlink(target, f"dev/{name}", dir_fd=base)
@@ -118,7 +139,7 @@ def _build_dev(root: RootFs, base: int, host: str) -> None:
         except PermissionError:
             # A container around us may refuse device nodes; then the host's own is attached, one mount each.
             os.close(os.open(f"dev/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base))
-            _move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "dev", name), sc.OPEN_TREE_CLONE), f"dev/{name}")
+            move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "dev", name), sc.OPEN_TREE_CLONE), f"dev/{name}")
 
 
 def _dev_links() -> Iterator[tuple[str, str]]:
@@ -140,7 +161,7 @@ def _build_etc(root: RootFs, base: int, host: str, ids: tuple[int, int], etc: Ma
     for name, entry in entries.items():
         path = os.path.join(host, "etc", name)
         if os.path.isfile(path):
-            _write(base, f"run/agentrun/etc/{name}", _replace_entry(Path(path).read_bytes(), entry.encode()))
+            write(base, f"run/agentrun/etc/{name}", replace_entry(Path(path).read_bytes(), entry.encode()))
             root.binds.append((f"run/agentrun/etc/{name}", f"etc/{name}"))
     for name, content in etc.items():
         _lay_over(root, base, os.path.realpath(os.path.join(host, "etc", name)), f"run/agentrun/etc/{name}", content)
@@ -149,24 +170,25 @@ def _build_etc(root: RootFs, base: int, host: str, ids: tuple[int, int], etc: Ma
 def _lay_over(root: RootFs, base: int, path: str, own: str, content: bytes) -> None:
     """Show ``content`` where a file of /etc really is: in /etc, or in /run, which is the sandbox's own, behind a link."""
     if path.startswith("/etc/") and os.path.isfile(path):
-        _write(base, own, content)
+        write(base, own, content)
         root.binds.append((own, path[1:]))
     elif path.startswith("/run/"):
         parts = path[1:].split("/")
         for depth in range(2, len(parts)):
             with contextlib.suppress(FileExistsError):
                 os.mkdir("/".join(parts[:depth]), 0o755, dir_fd=base)
-        _write(base, path[1:], content)
+        write(base, path[1:], content)
 
 
-def _replace_entry(text: bytes, entry: bytes) -> bytes:
+def replace_entry(text: bytes, entry: bytes) -> bytes:
     """``text`` without the lines that have the name or the id of ``entry``, and with ``entry``."""
     name, _, number = entry.split(b":")[:3]
     kept = [line for line in text.splitlines() if line.split(b":")[0] != name and line.split(b":")[2:3] != [number]]
     return b"\n".join([*kept, entry, b""])
 
 
-def _write(base: int, path: str, content: bytes) -> None:
+def write(base: int, path: str, content: bytes) -> None:
+    """A new file below a directory."""
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base)
     try:
         view = memoryview(content)
@@ -183,15 +205,17 @@ def add_bind(root: RootFs, bind: Bind, source: int, found: os.stat_result, usern
         HostError: it cannot be attached where it should.
     """
     is_directory = stat.S_ISDIR(found.st_mode)
-    try:
-        make_mount_point(root.fds[0], bind.target, frozenset(root.attached), is_directory=is_directory)
-    except OSError as error:
-        raise HostError(f"fs.binds: making {bind.target}: {error.strerror}") from error
-    _move(root, clone_bind(bind, source, userns_fd), bind.target[1:])
+    if bind.target not in root.points:
+        try:
+            make_mount_point(root.fds[0], bind.target, frozenset(root.attached), is_directory=is_directory)
+        except OSError as error:
+            raise HostError(f"fs.binds: making {bind.target}: {error.strerror}") from error
+    move(root, clone_bind(bind, source, userns_fd), bind.target[1:])
     if bind.mode == "rw":
         root.writable.append((bind.target, is_directory))
 
 
-def _move(root: RootFs, fd: int, path: str) -> None:
+def move(root: RootFs, fd: int, path: str) -> None:
+    """Have a detached mount attached at a path of the root; it is the root's to close."""
     root.fds.append(fd)
     root.moves.append((len(root.fds) - 1, path))

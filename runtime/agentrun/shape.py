@@ -11,7 +11,7 @@ import msgspec
 
 from agentrun import rootfs
 from agentrun.errors import UsageError
-from agentrun.policy import Egress, Filesystem, Limits, Network, Policy, Process, Rlimit
+from agentrun.policy import HOST, Egress, Filesystem, Limits, Network, Policy, Process, Rlimit
 from agentrun.policychecks import RLIMITS
 from agentrun_shim import landlock
 from agentrun_shim import syscalls as sc
@@ -51,7 +51,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """What people know it by; others may have the same."""
-        return f"{self.net}/{self.seccomp}"
+        return f"{self.net}/{self.seccomp}" + ("" if self.fs.image == HOST else f"@{self.fs.image[7:19]}")
 
 
 def shape_of(policy: Policy) -> Shape:
@@ -63,7 +63,7 @@ def shape_of(policy: Policy) -> Shape:
         scratch_size=policy.scratch_size,
         limits=policy.limits,
         # What a call gets when it is sent is nothing its sandbox has to have been built with.
-        fs=msgspec.structs.replace(fs, workspace="rw"),
+        fs=msgspec.structs.replace(fs, workspace="rw", workdir="", entrypoint=()),
         process=msgspec.structs.replace(process, umask=0, env_pass=(), env_set=(), env_forbid=()),
         seccomp=policy.seccomp,
     )
@@ -86,7 +86,7 @@ def _template(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
     for source, target in root.binds:
         ops.append(pack_op(Op.BIND, source.encode(), target.encode()))
         ops.append(pack_op(Op.SETATTR, target.encode(), a=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV))
-    ops.append(pack_op(Op.SETATTR, b".", a=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID))
+    ops.append(pack_op(Op.SETATTR, b".", a=(0 if root.whole else sc.MOUNT_ATTR_RDONLY) | sc.MOUNT_ATTR_NOSUID))
     return ops
 
 
@@ -99,14 +99,15 @@ def _slot(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
         pack_op(Op.MOUNT, b"devpts", b"/dev/pts", _DEVPTS, a=sc.MS_NOSUID | sc.MS_NOEXEC),
         pack_op(Op.MOUNT, b"cgroup2", b"/sys/fs/cgroup", b"", a=no_exec | sc.MS_RDONLY),
     ]
-    for name, mode in {**rootfs.PRIVATE, **rootfs.ON_DEMAND, "shm": 0o1777}.items():
-        source = SCRATCH + b"/" + name.encode()
-        ops.append(pack_op(Op.MKDIR, source, a=mode))
-        if name != "shm":
-            ops.append(pack_op(Op.SLOT_BIND, source, b"/" + name.encode(), a=name in rootfs.ON_DEMAND))
+    uid, gid = shape.process.uid, shape.process.gid
+    for private in (*root.private, rootfs.Private("shm", "", 0o1777)):
+        source = SCRATCH + b"/" + private.name.encode()
+        ops.append(pack_op(Op.MKDIR, source, a=private.mode, b=uid * private.owned, c=gid * private.owned))
+        if private.path:
+            ops.append(pack_op(Op.SLOT_BIND, source, private.path.encode(), a=private.on_demand))
     if root.has_var_tmp:
         ops.append(pack_op(Op.SLOT_BIND, SCRATCH + b"/tmp", b"/var/tmp"))
-    ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=shape.process.uid, c=shape.process.gid))
+    ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=uid, c=gid))
     # Only those there are: what this kernel's /proc lacks costs no sandbox anything.
     ops += [pack_op(Op.READ_ONLY, path.encode()) for path in shape.fs.read_only if _may_exist(path)]
     ops += [pack_op(Op.MASK, path.encode()) for path in shape.fs.masked if _may_exist(path)]
@@ -145,7 +146,8 @@ def _landlock(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
         return []
     rights = landlock.rights(abi)
     ops = [pack_op(Op.LANDLOCK, a=rights.handled, b=rights.scoped, c=rights.directory, d=rights.flags)]
-    own = [SCRATCH, *(b"/" + name.encode() for name in rootfs.PRIVATE), *([b"/var/tmp"] if root.has_var_tmp else [])]
+    own = [b"/"] if root.whole else [SCRATCH, *([b"/var/tmp"] if root.has_var_tmp else [])]
+    own += [private.path.encode() for private in root.private if not private.on_demand]
     ops += [pack_op(Op.WRITABLE, path, a=rights.directory) for path in own]
     ops += [pack_op(Op.WRITABLE, path, a=rights.files) for path in (b"/dev", b"/proc")]
     for path, is_directory in root.writable:

@@ -72,6 +72,12 @@ def real_path(dirfd: int) -> str:
     return path
 
 
+def workspace_tops() -> list[str]:
+    """The directories of the host's root that a workspace may be below."""
+    with os.scandir("/") as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and entry.path not in _SYSTEM]
+
+
 def check_mode(asked: str, most: str, policy: str) -> Mode:
     """The mode a workspace is mounted with: what was asked for, if the policy allows it.
 

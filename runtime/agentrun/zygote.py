@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import trio
 
 from agentrun.errors import HostError, SandboxError
+from agentrun.image.store import Lease
 from agentrun_shim.native import slot_program
 from agentrun_shim.plan import DONE_SIZE, Done, SlotFlag, Step, pack_slot, pack_userns, unpack_done
 
@@ -50,6 +51,8 @@ class Zygote:
         self._answers: deque[_Answer] = deque()
         self._userns: dict[tuple[IdMap, ...], int] = {}
         self._hung_up = False
+        self.lease: Lease | None = None
+        """Of the image that its slots have for a root."""
 
     @classmethod
     def spawn(cls, life_fd: int, nursery: trio.Nursery) -> Self:
@@ -183,6 +186,8 @@ class Zygote:
 
     def close(self) -> None:
         """End it and collect it, whatever it is doing."""
+        if self.lease is not None:
+            self.lease.close()
         for fd in self._userns.values():
             os.close(fd)
         self._userns.clear()

@@ -6,8 +6,10 @@ replaced together, so that calls of different policies see the same host.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +19,13 @@ from agentrun import rootfs
 from agentrun.binds import open_source
 from agentrun.egress.etc import hosts, resolv_conf
 from agentrun.errors import HostError
+from agentrun.imageroot import Owners, open_image_root
+from agentrun.images import Images
 from agentrun.latency import Latency
-from agentrun.policy import DEFAULT
+from agentrun.policy import DEFAULT, HOST, Bind
 from agentrun.rootfs import NOBODY, add_bind
 from agentrun.shape import ID_RANGE, Shape, plan_shape, shape_of
-from agentrun.workspace import owner_maps
+from agentrun.workspace import owner_maps, workspace_tops
 from agentrun.zygote import Zygote
 from agentrun_shim.seccomp import compile_profile, find_profile
 from agentrun_shim.seccomp_front import harden
@@ -47,9 +51,9 @@ class View(NamedTuple):
 class Zygotes:
     """Zygotes by shape, started when they are first asked for."""
 
-    def __init__(self, nursery: trio.Nursery, life_read: int, strangers: int, latency: Latency) -> None:
+    def __init__(self, nursery: trio.Nursery, life_read: int, strangers: int, latency: Latency, images: Images) -> None:
         """Their slots end when ``life_read`` sees its end of file; ``strangers`` is the first of 65,536 host ids of nobody's."""
-        self._latency = latency
+        self._latency, self._images = latency, images
         self._nursery, self._life_read, self._strangers = nursery, life_read, strangers
         self._started: dict[tuple[Shape, int], tuple[Zygote, View]] = {}
         self._lock = trio.Lock()
@@ -64,7 +68,7 @@ class Zygotes:
         return self._notify
 
     async def find(self, shape: Shape, id_base: int) -> Zygote:
-        """The zygote of a shape; where the shape shows writable binds, of it and a tenant, whose tool is their owner.
+        """The zygote of a shape; where the shape shows an image or writable binds, of it and a tenant, whose ids own those.
 
         Raises:
             HostError: its image or profile cannot be made.
@@ -104,22 +108,32 @@ class Zygotes:
 
     async def _give_shape(self, zygote: Zygote, shape: Shape, id_base: int) -> None:
         ids, nobody = (shape.process.uid, shape.process.gid), await zygote.userns(NOBODY)
-        root = rootfs.open_host_root(ids=ids, etc=_etc(shape), nobody=nobody)
-        try:
+        with contextlib.ExitStack() as stack:
+            sources: list[tuple[Bind, int, os.stat_result]] = []
             for bind in shape.fs.binds:
                 source, found = open_source(bind)
-                try:
-                    userns = nobody
-                    if bind.mode == "rw":
-                        owner = (id_base + ids[0], id_base + ids[1])
-                        userns = await zygote.userns(owner_maps((found.st_uid, found.st_gid), owner, self._strangers))
-                    add_bind(root, bind, source, found, userns)
-                finally:
-                    os.close(source)
+                stack.callback(os.close, source)
+                sources.append((bind, source, found))
+            root = await self._open_root(zygote, shape, id_base, {b.target: stat.S_ISDIR(f.st_mode) for b, _, f in sources})
+            stack.callback(root.close)
+            for bind, source, found in sources:
+                userns = nobody
+                if bind.mode == "rw":
+                    owner = (id_base + ids[0], id_base + ids[1])
+                    userns = await zygote.userns(owner_maps((found.st_uid, found.st_gid), owner, self._strangers))
+                add_bind(root, bind, source, found, userns)
             program = compile_profile(self.profile(shape.seccomp), notify=self._notify)
             await zygote.shape(plan_shape(shape, root, program, notify=self._notify), root.fds)
-        finally:
-            root.close()
+
+    async def _open_root(self, zygote: Zygote, shape: Shape, id_base: int, points: Mapping[str, bool]) -> rootfs.RootFs:
+        ids, etc = (shape.process.uid, shape.process.gid), _etc(shape)
+        if shape.fs.image == HOST:
+            return rootfs.open_host_root(ids=ids, etc=etc, nobody=await zygote.userns(NOBODY))
+        zygote.lease = self._images.lease(shape.fs.image)
+        owners = Owners(id_base, *shape.fs.owners)
+        userns = await zygote.userns(owners.maps())
+        points = {zygote.lease.config.workdir: True, **points}  # docker run makes it as well
+        return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points)
 
     def profile(self, name: str) -> Profile:
         """A seccomp profile, with the rules that are in front of every one.
@@ -170,7 +184,7 @@ class Zygotes:
 
 
 def _key(shape: Shape, id_base: int) -> tuple[Shape, int]:
-    return shape, id_base if any(bind.mode == "rw" for bind in shape.fs.binds) else 0
+    return shape, id_base if shape.fs.image != HOST or any(bind.mode == "rw" for bind in shape.fs.binds) else 0
 
 
 def _etc(shape: Shape) -> dict[str, bytes]:

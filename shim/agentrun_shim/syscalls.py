@@ -46,7 +46,10 @@ CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWUTS: Final = 0x04000000
 
-_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+RESOLVE_IN_ROOT: Final = 0x10
+
+_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT = 428, 429, 430, 431, 432
+_NR_OPENAT2, _NR_MOUNT_SETATTR = 437, 442
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -55,6 +58,10 @@ _syscall.restype = ctypes.c_long
 
 class _MountAttr(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
 
 
 CANNOT_MAP_OWNERS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -139,4 +146,12 @@ def mount_setattr(mount_fd: int, attr_set: int, *, recursive: bool = False, user
     _call(
         f"mount_setattr {attr_set:#x}", _NR_MOUNT_SETATTR, ctypes.c_int(mount_fd), b"", ctypes.c_uint(flags),
         ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
+    )  # fmt: skip
+
+
+def open_in_root(dirfd: int, path: str, flags: int) -> int:
+    """Open ``path`` as if ``dirfd`` were the root, links and all: openat2(2), RESOLVE_IN_ROOT. Its fd, close-on-exec."""
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=RESOLVE_IN_ROOT)
+    return _call(
+        path, _NR_OPENAT2, ctypes.c_int(dirfd), os.fsencode(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
     )  # fmt: skip

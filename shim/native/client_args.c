@@ -18,6 +18,7 @@ static const char help[] =
     "  --pids N                processes and threads at once\n"
     "  --net none|host         no network, or the host's\n"
     "  --hint memory=WHAT      memory it needs: low, medium, high or a size\n"
+    "  --image NAME            the root file system: an image of the store (see agentrun image ls)\n"
     "  --tenant NAME           whose budget pays\n"
     "  --best-effort           run even where a limit of the policy cannot be enforced\n"
     "  --json                  capture the output and print the whole result as JSON\n"
@@ -35,7 +36,7 @@ static const char help[] =
     "  75     queue full: try again      2    wrong usage or refused request\n";
 
 const char *const option_names[OPTIONS] = {
-    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "tenant", "workspace", "best-effort", "capture", "timings",
+    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "image", "tenant", "workspace", "best-effort", "capture", "timings",
     "env", "result", "socket", "no-daemon", "no-tty", "help",
 };
 

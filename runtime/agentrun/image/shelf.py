@@ -141,6 +141,14 @@ class Shelf:
         except msgspec.MsgspecError as error:
             raise HostError(f"image store {self.root}: {path} is damaged: {error}") from error
 
+    def stamp(self) -> tuple[int, ...]:
+        """Changes with the names: the file is always replaced."""
+        try:
+            found = os.stat(self.root / "names.json")
+        except FileNotFoundError:
+            return ()
+        return found.st_ino, found.st_mtime_ns
+
     def write_names(self, names: dict[str, str]) -> None:
         """Replace all names."""
         self._write(self.root / "names.json", msgspec.json.encode(names, order="sorted"))

@@ -56,6 +56,10 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def share(self) -> Lease:
+        """Another holder of the same: the layers stay until both have let go."""
+        return Lease(self.image, self.layers, [os.dup(fd) for fd in self._held])
+
     def close(self) -> None:
         """Let go; nothing of it may be mounted any more."""
         while self._held:
@@ -186,6 +190,10 @@ class Store:
     def layer(self, name: str) -> LayerInfo:
         """What is known of a layer."""
         return self._shelf.layer(name)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Something that is another as soon as a name means another image."""
+        return self._shelf.stamp()
 
     def lease(self, name: str) -> Lease:
         """An image for use.

@@ -1,0 +1,206 @@
+"""The root of a sandbox from an image: one overlay of its layers, idmapped for the tenant, under a small layer of our own.
+
+Our layer is a tmpfs on top of the image's: mount points, a minimal /dev, accounts with the tool's user, and the files of /etc
+that its network needs. The image's layers are shared by everybody, their page cache included; nothing is copied or chowned.
+
+::
+
+    ours     /dev /proc /run/agentrun … /etc/passwd     a few kB
+    layer n  ┐
+    …        │ of the image, as they are in the store, owners mapped to the tenant's range
+    layer 1  ┘
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from agentrun import rootfs
+from agentrun.errors import HostError
+from agentrun.imageview import View, clone_layers, view
+from agentrun.overlay import mount_overlay
+from agentrun.rootfs import Private, RootFs
+from agentrun.workspace import IdMap
+from agentrun_shim import syscalls as sc
+
+_OURS = ("proc", "dev", "run", "sys", "sys/fs", "sys/fs/cgroup", "run/agentrun", rootfs.SCRATCH[1:], "tmp", "etc")
+_NOT_FOR_WORKSPACES = frozenset({"boot", "dev", "etc", "proc", "run", "sys", "tmp", "home", "lost+found"})
+ID_RANGE = 65536
+_HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost\n"
+
+
+class Owners(NamedTuple):
+    """Whose an image's files are, as the host sees it: a tenant's range of ids, in which two may have changed places with 0."""
+
+    base: int
+    root_uid: int
+    root_gid: int
+
+    def uid(self, uid: int) -> int:
+        """The host's uid for one of the image's."""
+        return self.base + swap(uid, self.root_uid)
+
+    def gid(self, gid: int) -> int:
+        """The same for a gid."""
+        return self.base + swap(gid, self.root_gid)
+
+    def maps(self) -> tuple[IdMap, ...]:
+        """The maps of a user namespace for it."""
+        maps: list[IdMap] = []
+        for is_gid, other in ((False, self.root_uid), (True, self.root_gid)):
+            cuts = (0, 1, other, other + 1, ID_RANGE) if other > 1 else (0, 1, 2, ID_RANGE) if other else (0, ID_RANGE)
+            maps += [(is_gid, a, self.base + swap(a, other), b - a) for a, b in pairwise(cuts)]
+        return tuple(maps)
+
+
+def swap(number: int, other: int) -> int:
+    """An id where 0 and ``other`` have changed places."""
+    return other if number == 0 else 0 if number == other else number
+
+
+def open_image_root(
+    layers: Sequence[Path],
+    ids: tuple[int, int],
+    etc: Mapping[str, bytes],
+    owners: Owners,
+    userns: int,
+    tops: Iterable[str],
+    points: Mapping[str, bool],
+    upper: int = -1,
+) -> RootFs:
+    """Mount an image's layers, lowest first, as a sandbox's root.
+
+    Args:
+        layers: directories of the store, which the caller holds a lease on.
+        ids: the tool's uid and gid inside.
+        etc: files laid over those of /etc.
+        owners: the tenant's ids for the image's.
+        userns: a user namespace with the maps of ``owners``.
+        tops: directories in the host's root: where workspaces may be.
+        points: paths to attach something at, and whether it is a directory.
+        upper: a mount with the directories ``upper`` and ``work``, for a root that can be written to; -1: none.
+
+    Raises:
+        HostError: a mount call failed; the message names it.
+    """
+    root = RootFs([], [], [], whole=upper >= 0, points=frozenset(points))
+    clones: list[int] = []
+    try:
+        with view(layers) as image:
+            ours = _build_layer(root, image, ids, etc, owners, tops, points)
+        clones.append(ours)
+        clones += clone_layers(layers, userns)
+        flags = sc.MOUNT_ATTR_NOSUID
+        root.fds.insert(0, mount_overlay(clones, upper=upper, flags=flags))
+        root.moves = [(index + 1, path) for index, path in root.moves]
+    except OSError as error:
+        root.close()
+        why = " (its file system, or this kernel, cannot map owners)" if error.errno in sc.CANNOT_MAP_OWNERS else ""
+        raise HostError(f"mounting an image: {error.filename}: {error.strerror}{why}") from error
+    except BaseException:
+        root.close()
+        raise
+    finally:
+        for fd in clones:
+            os.close(fd)
+    return root
+
+
+def _build_layer(
+    root: RootFs,
+    image: View,
+    ids: tuple[int, int],
+    etc: Mapping[str, bytes],
+    owners: Owners,
+    tops: Iterable[str],
+    points: Mapping[str, bool],
+) -> int:
+    layer = sc.new_filesystem("tmpfs", {"size": "16m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
+    try:
+        _copy_owner(layer, ".", image.stat("/"), owners)
+        for name in _OURS:
+            _make_directory(layer, name, image, owners)
+        if root.whole:
+            _make_directory(layer, rootfs.HOME[1:], image, owners)
+            os.chown(rootfs.HOME[1:], owners.base + ids[0], owners.base + ids[1], dir_fd=layer)
+        else:
+            _choose_private(root, layer, image, owners, tops)
+            root.has_var_tmp = _is_directory(image, "/var/tmp")
+        for path, is_directory in points.items():
+            if _is_directory(image, path) and is_directory:
+                continue
+            _make_directory(layer, path[1:] if is_directory else os.path.dirname(path)[1:], image, owners)
+            if not is_directory:
+                rootfs.write(layer, path[1:], b"")
+        root.attached |= set(image.names())
+        rootfs.build_dev(root, layer, "/")
+        rootfs.move(root, sc.open_tree(sc.AT_FDCWD, "/proc", sc.OPEN_TREE_CLONE), "proc")
+        _write_etc(layer, image, ids, etc, owners)
+    except BaseException:
+        os.close(layer)
+        raise
+    return layer
+
+
+def _choose_private(root: RootFs, layer: int, image: View, owners: Owners, tops: Iterable[str]) -> None:
+    """Which directories are the call's own: /tmp and its home, and wherever a workspace may be and the image has nothing."""
+    names = set(image.names())
+    private = [Private("tmp", "/tmp", 0o1777)]
+    whole = not image.names("/home")
+    private.append(Private("home", "/home" if whole else rootfs.HOME, 0o755, owned=not whole))
+    _make_directory(layer, "home" if whole else rootfs.HOME[1:], image, owners)
+    for name in sorted({*tops, *rootfs.ON_DEMAND} - _NOT_FOR_WORKSPACES):
+        if name not in names or (_is_directory(image, f"/{name}") and not image.names(f"/{name}")):
+            _make_directory(layer, name, image, owners)
+            private.append(Private(name, f"/{name}", 0o755, on_demand=True))
+    root.private = private
+
+
+def _make_directory(layer: int, path: str, image: View, owners: Owners) -> None:
+    """A directory and those above it; with the image's owner and mode, because overlay shows those of the topmost layer.
+
+    Raises:
+        HostError: the image has something else there: ours would hide it.
+    """
+    steps = path.split("/") if path else []
+    for depth in range(1, len(steps) + 1):
+        step = "/".join(steps[:depth])
+        try:
+            os.mkdir(step, 0o755, dir_fd=layer)
+        except FileExistsError:
+            continue
+        found = image.stat(f"/{step}")
+        if found is not None and not stat.S_ISDIR(found.st_mode):
+            raise HostError(f"mounting an image: its /{step} is not a directory")
+        _copy_owner(layer, step, found, owners)
+
+
+def _copy_owner(layer: int, path: str, found: os.stat_result | None, owners: Owners) -> None:
+    uid, gid, mode = (0, 0, 0o755) if found is None else (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
+    os.chown(path, owners.uid(uid), owners.gid(gid), dir_fd=layer)
+    os.chmod(path, mode, dir_fd=layer)
+
+
+def _is_directory(image: View, path: str) -> bool:
+    found = image.stat(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def _write_etc(layer: int, image: View, ids: tuple[int, int], etc: Mapping[str, bytes], owners: Owners) -> None:
+    uid, gid = ids
+    files = {"hosts": image.read("/etc/hosts") or _HOSTS, **etc}
+    for name, number, entry in (
+        ("passwd", uid, f"{rootfs.USER}:x:{uid}:{gid}:agentrun tool call:{rootfs.HOME}:/bin/sh"),
+        ("group", gid, f"{rootfs.USER}:x:{gid}:"),
+    ):
+        text = image.read(f"/etc/{name}")
+        if all(line.split(b":")[2:3] != [b"%d" % number] for line in text.splitlines()):
+            files[name] = rootfs.replace_entry(text, entry.encode())
+    for name, content in files.items():
+        rootfs.write(layer, f"etc/{name}", content)
+        os.chown(f"etc/{name}", owners.uid(0), owners.gid(0), dir_fd=layer)
