@@ -27,6 +27,7 @@ from agentrun import rootfs
 from agentrun.burst.control import Control
 from agentrun.call import Call, SlotDied
 from agentrun.cgroup.tree import Tree, find_base, remove_stale
+from agentrun.changes.keeping import Drafts, Keeping
 from agentrun.deadlines import Deadlines
 from agentrun.environment import encode
 from agentrun.errors import HostError, Overloaded, UsageError
@@ -39,6 +40,7 @@ from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
 from agentrun.request import Request, Text, check_tenant, encode_argv
 from agentrun.running import Running
+from agentrun.session.store import Sessions
 from agentrun.stdio import PIPE, Input, Kits, Output, Stdio
 from agentrun.terms import TermsBook
 from agentrun.types import Result
@@ -102,6 +104,7 @@ class Executor:
         self._closing = False
         self._none_runs = trio.Event()
         self._kits = Kits()
+        self._drafts = Drafts()
         fleet.on_retired = self._forget
 
     async def run(
@@ -119,6 +122,7 @@ class Executor:
         timeout: float | None = None,
         hint: str | None = None,
         image: str | None = None,
+        session: str | None = None,
         timings: bool = False,
     ) -> Result:
         """Run one command in a fresh sandbox and wait for it.
@@ -133,6 +137,7 @@ class Executor:
             timeout: seconds, instead of the policy's.
             hint: the memory the call will need, such as ``memory:high`` or ``memory:4g``; see ``agentrun.hints``.
             image: the root, instead of the policy's: an image of the store by name or id, or ``host``.
+            session: have the root and the workspace of a session (``agentrun.session``), instead of one's own.
             timings: have ``phases`` in the result, as far as the kernel's programs recorded them.
 
         Cancelling it kills the call's leaf, waits for it, and goes on cancelling.
@@ -147,7 +152,7 @@ class Executor:
         try:
             request = self.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
-                env=env, timeout=timeout, hint=hint, image=image, timings=timings,
+                env=env, timeout=timeout, hint=hint, image=image, session=session, timings=timings,
             )  # fmt: skip
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
@@ -199,6 +204,7 @@ class Executor:
         timeout: float | None = None,
         hint: str | None = None,
         image: str | None = None,
+        session: str | None = None,
         timings: bool = False,
         caller: tuple[int, int] | None = None,
     ) -> Request:
@@ -211,7 +217,10 @@ class Executor:
             raise HostError("the executor is closing")
         command = encode_argv(argv)
         check_tenant(tenant)
-        rules = self._rules(policy, image)
+        kept = None if session is None else self._fleet.sessions.store.get(session)
+        if kept is not None and (image is not None or workspace_fd >= 0):
+            raise UsageError(f"session {session}: it has an image and a workspace of its own")
+        rules = self._rules(policy, image) if kept is None else self._rules(policy, kept.image, kept.key)
         if rules.fs.entrypoint:
             command = tuple(encode(word, "entrypoint") for word in rules.fs.entrypoint) + command
         asked = None
@@ -221,10 +230,13 @@ class Executor:
             timeout = rules.timeout
         elif not isinstance(timeout, (int, float)) or not timeout > 0:
             raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
-        path = ""
+        path, mode = "", check_mode("rw", "rw", "")
         if workspace_fd >= 0:
-            workspace_mode = check_mode(workspace_mode, rules.fs.workspace, rules.name)
+            mode = check_mode(workspace_mode, rules.fs.workspace, rules.name)
             path, caller = real_path(workspace_fd), caller or (os.geteuid(), os.getegid())
+        elif kept is not None and kept.workspace:
+            check_mode("ro", rules.fs.workspace, rules.name)  # the directory itself is never written to
+            path = kept.workspace
         # Last: it makes the tenant's cgroup and pool, which a request that is none must not.
         terms = self._terms.find(rules, tenant, hinted=asked is not None)
         return Request(
@@ -237,8 +249,9 @@ class Executor:
             hint=asked,
             timings=timings,
             workspace_fd=workspace_fd,
-            workspace_path=path,
-            workspace_mode="ro" if workspace_mode == "ro" else "rw",
+            workspace_path=path if workspace_fd >= 0 else "",
+            session=rules.fs.session,
+            workspace_mode=mode,
             caller=caller or (0, 0),
         )
 
@@ -254,22 +267,39 @@ class Executor:
         try:
             queued = monotonic()
             self._fleet.denials.running = self._running
-            mount_fd = -1 if request.workspace_fd < 0 else await self._mount(request)
-            try:
-                call = Call(request, stdio, mount_fd)
-                call.started, call.queued = started, queued
-                return await self._in_slot(call, running)
-            finally:
-                if mount_fd >= 0:
-                    os.close(mount_fd)
+            if request.workspace_mode == "cow":
+                async with self._drafts.keep(request) as keeping:
+                    return await keeping.seal(await self._in_workspace(request, stdio, running, started, queued, keeping))
+            return await self._in_workspace(request, stdio, running, started, queued)
         finally:
             self._leave_queue()
 
-    async def _mount(self, request: Request) -> int:
-        return await self._fleet.mount_workspace(
+    async def _in_workspace(
+        self,
+        request: Request,
+        stdio: Stdio,
+        running: Running | None,
+        started: float,
+        queued: float,
+        keeping: Keeping | None = None,
+    ) -> Result:
+        mount_fd = -1 if request.workspace_fd < 0 else await self._mount(request, keeping)
+        try:
+            call = Call(request, stdio, mount_fd)
+            call.started, call.queued = started, queued
+            return await self._in_slot(call, running)
+        finally:
+            if mount_fd >= 0:
+                os.close(mount_fd)
+
+    async def _mount(self, request: Request, keeping: Keeping | None) -> int:
+        mount_fd = await self._fleet.mount_workspace(
             request.workspace_fd, request.workspace_path, request.workspace_mode,
-            owner=request.terms.owner, caller=request.caller,
+            owner=request.terms.owner, caller=request.caller, kept=-1 if keeping is None else keeping.fd,
         )  # fmt: skip
+        if keeping is not None:
+            await keeping.start()
+        return mount_fd
 
     async def _in_slot(self, call: Call, running: Running | None) -> Result:
         message, fds = call.pack()
@@ -285,6 +315,8 @@ class Executor:
             try:
                 if self._closing:
                     raise HostError("the executor is closing")
+                if call.request.session:
+                    slot.held.append(release := self._fleet.sessions.hold(call.request.session))
                 self._calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
                 if terms.files is not None:
                     self._fleet.adjust(slot, terms.files)
@@ -297,6 +329,9 @@ class Executor:
                     running.started(call)
                 try:
                     result = await call.finish(self._deadlines, self._fleet.denials, self.memory.governor)
+                    if call.request.session and not slot.leftovers():
+                        slot.held.remove(release)  # nothing writes to it any more: no need to wait until init is gone as well
+                        release()
                     if call.request.timings:
                         result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
                     return result
@@ -337,13 +372,18 @@ class Executor:
         """
         await self._fleet.pool(check_tenant(tenant), self._rules(policy, image)).fill(count)
 
-    def _rules(self, policy: Policy | str, image: str | None) -> Policy:
+    def _rules(self, policy: Policy | str, image: str | None, session: str = "") -> Policy:
         found = self.policies.find(policy) if isinstance(policy, str) else policy
         if not isinstance(found, Policy):
             raise UsageError(f"policy: {found!r} is neither a name nor a Policy")
         if image is not None:
-            found = self._images.choose(found, image)
+            found = self._images.choose(found, image, session)
         return found if found.fs.image == HOST else self._images.pin(found)
+
+    @property
+    def sessions(self) -> Sessions:
+        """The sessions that calls may be made in: create, snapshot, fork, roll back. Its methods take about a millisecond."""
+        return self._fleet.sessions.store
 
     def calls(self) -> dict[str, Call]:
         """The calls that run now, by id."""

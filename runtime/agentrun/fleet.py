@@ -17,6 +17,7 @@ from agentrun.burst.governor import Governor
 from agentrun.burst.headroom import Budget
 from agentrun.cgroup.limits import plan_budget
 from agentrun.cgroup.tree import Tree
+from agentrun.changes.mount import mount_changes
 from agentrun.denials import Denials
 from agentrun.egress.path import EgressPath
 from agentrun.egress.rules import parse_rules
@@ -25,6 +26,7 @@ from agentrun.images import Images
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun.pool import Pool, PoolStats
+from agentrun.session.mount import SessionRoots
 from agentrun.shape import ID_RANGE, Shape, shape_of
 from agentrun.slot import Slot, build_slot
 from agentrun.workspace import Mode, clone_mount, owner_maps
@@ -62,8 +64,8 @@ class Fleet:
         """Everything is built below ``tree`` and in ``nursery``; slots end when ``life_read`` sees its end of file."""
         self.governor, self._latency = governor, latency
         self._config, self._tree, self._nursery = config, tree, nursery
-        self.images = Images()
-        self._zygotes = Zygotes(nursery, life_read, config.id_base, latency, self.images)
+        self.images, self.sessions = Images(), SessionRoots(config.id_base)
+        self._zygotes = Zygotes(nursery, life_read, config.id_base, latency, self.images, self.sessions)
         self._pools: dict[tuple[str, Shape], Pool] = {}
         self._tenants: dict[str, int] = {}
         self._built = 0
@@ -105,6 +107,8 @@ class Fleet:
         config, name = self._config, self._name(tenant, shape)
         pool = Pool(build, self._discard, self.later, self._nursery, least=config.pool_least, most=config.pool_most, name=name)
         self._pools[tenant, shape] = pool
+        if shape.fs.session:
+            self._nursery.start_soon(self._retire, [key for key in self._pools if _outdates(shape, key[1])])
         return pool
 
     def _name(self, tenant: str, shape: Shape) -> str:
@@ -132,7 +136,7 @@ class Fleet:
                 await self._renew()
             return await self._build(shape, tenant, name, files, maps)
         self.governor.register(slot.leaf, tenant)
-        self._latency.leaf(slot.leaf.id, self._latency.shape(shape, shape.label))
+        self._latency.leaf(slot.leaf.id, self._latency.shape(shape.lasting, shape.label))
         if slot.listener >= 0:
             try:
                 self.denials.watch(slot.listener, slot.id, self._zygotes.profile(shape.seccomp))
@@ -161,7 +165,8 @@ class Fleet:
             if lease is not None:
                 lease.close()
             raise
-        slot.lease = lease
+        if lease is not None:
+            slot.held.append(lease.close)
         return slot
 
     async def _open_network(self, slot: Slot, shape: Shape) -> EgressPath:
@@ -185,8 +190,10 @@ class Fleet:
         lifted = {name: _LIFTED[name] for name in default if name not in files and name in _LIFTED}
         slot.leaf.write(lifted | {name: text for name, text in files.items() if default.get(name) != text})
 
-    async def mount_workspace(self, fd: int, path: str, mode: Mode, *, owner: tuple[int, int], caller: tuple[int, int]) -> int:
-        """The detached mount of a workspace, where the caller's files are the owner's.
+    async def mount_workspace(
+        self, fd: int, path: str, mode: Mode, *, owner: tuple[int, int], caller: tuple[int, int], kept: int = -1
+    ) -> int:
+        """The detached mount of a workspace, where the caller's files are the owner's. ``kept`` is where a copy's changes go.
 
         Raises:
             HostError: its file system cannot be mounted that way.
@@ -197,7 +204,10 @@ class Fleet:
             await self._renew()
         zygote = await self._zygotes.plain()
         userns = await zygote.userns(owner_maps(caller, owner, self._config.id_base))
-        return clone_mount(fd, path, mode, userns)
+        if mode != "cow":
+            return clone_mount(fd, path, mode, userns)
+        upper = await zygote.userns(owner_maps(caller, owner, self._config.id_base, mounter=True))
+        return mount_changes(fd, path, kept, lower=userns, upper=upper)
 
     def owner(self, tenant: str, policy: Policy) -> tuple[int, int]:
         """The tool's uid and gid as the host sees them."""
@@ -275,13 +285,13 @@ class Fleet:
                 await self._renew()
             for pool in self._pools.values():
                 pool.shrink()
-            await self._retire()
+            await self._retire([key for key, pool in self._pools.items() if pool.deserted])
 
-    async def _retire(self) -> None:
+    async def _retire(self, deserted: Sequence[tuple[str, Shape]]) -> None:
         """Let go of pools that nobody uses, and of what only they needed: zygotes, and the cgroups of their tenants."""
-        deserted = [key for key, pool in self._pools.items() if pool.deserted]
         for key in deserted:
-            self._pools.pop(key).close()
+            if key in self._pools:
+                self._pools.pop(key).close()
         if deserted:
             self.on_retired()
             for zygote in self._zygotes.drop((shape, self.id_base(tenant)) for tenant, shape in self._pools):
@@ -301,3 +311,9 @@ class Fleet:
             pool.close()
         for zygote in self._zygotes.close():
             await zygote.aclose()
+
+
+def _outdates(shape: Shape, other: Shape) -> bool:
+    """Whether a shape has the same session as another, as it was before a snapshot or a rollback."""
+    new, old = shape.fs.session, other.fs.session
+    return new != old and bool(old) and new.partition(".")[0] == old.partition(".")[0]

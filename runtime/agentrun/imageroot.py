@@ -72,6 +72,7 @@ def open_image_root(
     tops: Iterable[str],
     points: Mapping[str, bool],
     upper: int = -1,
+    frozen: Sequence[Path] = (),
 ) -> RootFs:
     """Mount an image's layers, lowest first, as a sandbox's root.
 
@@ -84,6 +85,7 @@ def open_image_root(
         tops: directories in the host's root: where workspaces may be.
         points: paths to attach something at, and whether it is a directory.
         upper: a mount with the directories ``upper`` and ``work``, for a root that can be written to; -1: none.
+        frozen: what was written to such a root before, lowest first.
 
     Raises:
         HostError: a mount call failed; the message names it.
@@ -91,6 +93,8 @@ def open_image_root(
     root = RootFs([], [], [], whole=upper >= 0, points=frozenset(points))
     clones: list[int] = []
     try:
+        # What a session wrote is above ours: it may have changed its accounts.
+        clones += clone_layers(frozen, userns)
         with view(layers) as image:
             ours = _build_layer(root, image, ids, etc, owners, tops, points)
         clones.append(ours)
@@ -155,7 +159,9 @@ def _choose_private(root: RootFs, layer: int, image: View, owners: Owners, tops:
     private.append(Private("home", "/home" if whole else rootfs.HOME, 0o755, owned=not whole))
     _make_directory(layer, "home" if whole else rootfs.HOME[1:], image, owners)
     for name in sorted({*tops, *rootfs.ON_DEMAND} - _NOT_FOR_WORKSPACES):
-        if name not in names or (_is_directory(image, f"/{name}") and not image.names(f"/{name}")):
+        # root's home has some dotfiles in every image, which are nobody's: the tool's home is another.
+        empty = name in rootfs.ON_DEMAND or not image.names(f"/{name}")
+        if name not in names or (empty and _is_directory(image, f"/{name}")):
             _make_directory(layer, name, image, owners)
             private.append(Private(name, f"/{name}", 0o755, on_demand=True))
     root.private = private

@@ -31,7 +31,7 @@ class Images:
     def __init__(self) -> None:
         self._opened: Store | None = None
         self._known: dict[str, _Known] = {}
-        self._chosen: dict[tuple[int, str], tuple[Policy, Policy]] = {}
+        self._chosen: dict[tuple[int, str, str], tuple[Policy, Policy]] = {}
         self._pinned: dict[int, tuple[Policy, _Known, Policy]] = {}
 
     @property
@@ -40,19 +40,20 @@ class Images:
             self._opened = Store()
         return self._opened
 
-    def choose(self, policy: Policy, image: str) -> Policy:
-        """A policy with another image than its own. The same object for the same two, which is what others remember it by.
+    def choose(self, policy: Policy, image: str, session: str = "") -> Policy:
+        """A policy with another image than its own, and a session. The same object for the same, which others remember it by.
 
         Raises:
             UsageError: the image is not text.
         """
         if not isinstance(image, str):
             raise UsageError(f"image: {image!r} is not a name")
-        found = self._chosen.get((id(policy), image))
+        key = id(policy), image, session
+        found = self._chosen.get(key)
         if found is None or found[0] is not policy:
             self._bound()
-            found = policy, msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, image=image))
-            self._chosen[id(policy), image] = found
+            found = policy, msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, image=image, session=session))
+            self._chosen[key] = found
         return found[1]
 
     def pin(self, policy: Policy) -> Policy:

@@ -16,6 +16,8 @@ from agentrun_shim import syscalls as sc
 
 _LARGEST = 1 << 20
 _IDS = 65536
+_MOST_GROUPS = 32
+"""Of a plan (shim/native/plan.c)."""
 
 
 class User(msgspec.Struct, frozen=True):
@@ -113,6 +115,8 @@ def clone_layers(layers: Sequence[Path], userns: int = -1) -> Iterator[int]:
 def find_user(text: str, passwd: bytes, group: bytes) -> User:
     """The user an image config names: nothing, ``name``, ``uid``, ``name:group`` or ``uid:gid``, as ``docker run`` reads it.
 
+    The group is a supplementary one as well, or a tool could drop it, and with it what files deny to that group (CVE-2022-36109).
+
     Raises:
         UsageError: there is no such user or group, or a number out of range.
     """
@@ -128,7 +132,8 @@ def find_user(text: str, passwd: bytes, group: bytes) -> User:
             raise UsageError(f"image: there is no group {group_name!r} in its /etc/group")
         gid = int(known[2] if known else group_name)
     elif entry:
-        groups = tuple(int(e[2]) for e in _entries(group, 4) if entry[0] in e[3].split(","))[:32]
+        groups = tuple(int(e[2]) for e in _entries(group, 4) if entry[0] in e[3].split(","))
+    groups = tuple(dict.fromkeys((gid, *groups)))[:_MOST_GROUPS]
     if bad := [number for number in (uid, gid, *groups) if number >= _IDS]:
         raise UsageError(f"image: user {text!r}: {bad[0]} is not below {_IDS}")
     return User(uid, gid, groups, entry[0] if entry else "")

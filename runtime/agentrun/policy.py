@@ -74,6 +74,8 @@ class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
     """Where a call starts that has neither a workspace nor said where: the image's own word, as is the next."""
     entrypoint: tuple[str, ...] = ()
     """What stands before every command."""
+    session: str = ""
+    """The key of the session whose root and workspace a call has, if any: agentrun.session."""
     owners: tuple[int, int] = (0, 0)
     """The uid and gid that have in the sandbox what is root's in the image, which has theirs. No tool is root: the one that would
     be by its image's word owns what root would."""

@@ -33,6 +33,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     workspace_mode: Mode = "rw"
     caller: tuple[int, int] = (0, 0)
     """The uid and gid whose rights the workspace is used with."""
+    session: str = ""
+    """The key of its session, if it has one."""
     hint: Hint | None = None
     timings: bool = False
     """The result is to have its phases."""

@@ -59,6 +59,8 @@ class RootFs(msgspec.Struct):
     binds: list[tuple[str, str]]
     has_var_tmp: bool = False
     private: list[Private] = []
+    late: list[tuple[str, str, str]] = []
+    """What is bound (from, to) after the private directories, because it is below one of them, which is the third."""
     whole: bool = False
     """All of it can be written to; nothing but /dev/shm is the call's own."""
     attached: set[str] = set()

@@ -49,6 +49,11 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     seccomp: str
 
     @property
+    def lasting(self) -> Shape:
+        """The same for all sessions, of which there are more than shapes that can be told apart."""
+        return self if not self.fs.session else msgspec.structs.replace(self, fs=msgspec.structs.replace(self.fs, session=""))
+
+    @property
     def label(self) -> str:
         """What people know it by; others may have the same."""
         return f"{self.net}/{self.seccomp}" + ("" if self.fs.image == HOST else f"@{self.fs.image[7:19]}")
@@ -108,6 +113,10 @@ def _slot(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
     if root.has_var_tmp:
         ops.append(pack_op(Op.SLOT_BIND, SCRATCH + b"/tmp", b"/var/tmp"))
     ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=uid, c=gid))
+    for aside, path, below in root.late:
+        steps = path.removeprefix(below).strip("/").split("/")
+        ops += [pack_op(Op.MKDIR, "/".join([below, *steps[:depth]]).encode(), a=0o755) for depth in range(1, len(steps) + 1)]
+        ops.append(pack_op(Op.SLOT_BIND, aside.encode(), path.encode()))
     # Only those there are: what this kernel's /proc lacks costs no sandbox anything.
     ops += [pack_op(Op.READ_ONLY, path.encode()) for path in shape.fs.read_only if _may_exist(path)]
     ops += [pack_op(Op.MASK, path.encode()) for path in shape.fs.masked if _may_exist(path)]

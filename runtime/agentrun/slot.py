@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -15,7 +15,6 @@ from agentrun.cgroup.leaf import Leaf
 from agentrun.cgroup.tree import Tree
 from agentrun.egress.path import EgressPath
 from agentrun.errors import HostError, SandboxError
-from agentrun.image.store import Lease
 from agentrun.zygote import Cloned, IdMap, Zygote, step_name
 from agentrun_shim.plan import EVENT_SIZE, Event, Kind, unpack_event, unpack_events
 
@@ -31,9 +30,9 @@ class Slot:
         "_reaped",
         "_runner",
         "control",
+        "held",
         "id",
         "leaf",
-        "lease",
         "listener",
         "network",
         "runner_pidfd",
@@ -51,8 +50,8 @@ class Slot:
         self._reaped = False
         self.listener = -1
         """Where the filter reports what it refuses, if the shape's does: seccomp_unotify(2). Whoever takes it closes it."""
-        self.lease: Lease | None = None
-        """Of the image it has for a root, which has to be there until it ends."""
+        self.held: list[Callable[[], None]] = []
+        """Called when it has ended: they let go of what has to be there until then, such as its image."""
         self.network: EgressPath | None = None
         """The way out, where the policy names hosts. Ended with the slot."""
 
@@ -152,8 +151,8 @@ class Slot:
             os.close(self.runner_pidfd)
             if self.network is not None:
                 await self.network.aclose()
-            if self.lease is not None:
-                self.lease.close()
+            while self.held:
+                self.held.pop()()
             await remove_leaf(self.leaf)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -15,7 +16,8 @@ import msgspec
 from agentrun.errors import HostError, UsageError
 from agentrun_shim import syscalls as sc
 
-Mode = Literal["rw", "ro"]
+Mode = Literal["rw", "ro", "cow"]
+"""cow: copy on write. The tool may change everything, and nothing of it reaches the directory (``agentrun.changes``)."""
 IdMap = tuple[bool, int, int, int]
 """(is a gid map, first id on disk, first id of the mount, count)"""
 _IDS = 65536
@@ -87,8 +89,9 @@ def check_mode(asked: str, most: str, policy: str) -> Mode:
     if most == "none":
         raise UsageError(f"workspace: policy {policy} allows none")
     if asked == "rw" and most == "ro":
-        raise UsageError(f"workspace: policy {policy} allows it read-only (say :ro)")
-    return "ro" if asked == "ro" else "rw"
+        raise UsageError(f"workspace: policy {policy} allows it read-only (say :ro, or :cow to change a copy)")
+    # A copy is allowed where reading is: nothing is written to the directory.
+    return "ro" if asked == "ro" else "cow" if asked == "cow" else "rw"
 
 
 def _same(path: str, dirfd: int) -> bool:
@@ -99,11 +102,16 @@ def _same(path: str, dirfd: int) -> bool:
     return stat.S_ISDIR(here.st_mode) and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def owner_maps(on_disk: tuple[int, int], owner: tuple[int, int], strangers: int) -> tuple[IdMap, ...]:
+def owner_maps(
+    on_disk: tuple[int, int], owner: tuple[int, int], strangers: int, *, mounter: bool = False
+) -> tuple[IdMap, ...]:
     """Maps for an idmapped mount: the one user and group ``on_disk`` are the tool's ``owner`` ids, all others are strangers'.
 
     Without the strangers, 65,536 host ids that nobody has, the kernel would let no one change an entry of which owner or group
     has no map, not even its owner (HAS_UNMAPPED_ID, fs/namei.c), and rename it with EOVERFLOW.
+
+    With ``mounter``, host root has an id as well, on disk one that nobody has: overlay makes its whiteouts and its place to work
+    in with the rights of who mounts it, and else could make none (EOVERFLOW) and become read-only.
     """
     maps: list[IdMap] = []
     for gid in (False, True):
@@ -112,7 +120,17 @@ def owner_maps(on_disk: tuple[int, int], owner: tuple[int, int], strangers: int)
         for first, last in ((0, min(inside, _IDS)), (inside + 1, _IDS)):
             if first < last:
                 maps.append((gid, first, strangers + first, last - first))
+        if mounter:
+            maps.append((gid, _IDS if inside != _IDS else _IDS + 1, 0, 1))
     return tuple(maps)
+
+
+def with_mounter(maps: Sequence[IdMap]) -> tuple[IdMap, ...]:
+    """The same maps for an overlay's upper layer: root, who mounts it and makes its work directory, has an id there as well.
+
+    One that nobody has: else it could not write (HAS_UNMAPPED_ID, fs/namei.c), and overlay would make itself read-only.
+    """
+    return (*maps, (False, _IDS, 0, 1), (True, _IDS, 0, 1))
 
 
 def clone_mount(dirfd: int, path: str, mode: Mode, userns_fd: int) -> int:
@@ -125,14 +143,14 @@ def clone_mount(dirfd: int, path: str, mode: Mode, userns_fd: int) -> int:
         mount = sc.open_tree(dirfd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH)
     except OSError as error:
         raise HostError(f"workspace {path}: {error.strerror} (open_tree)") from error
-    flags = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | (sc.MOUNT_ATTR_RDONLY if mode == "ro" else 0)
+    flags = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | (0 if mode == "rw" else sc.MOUNT_ATTR_RDONLY)
     try:
         try:
             sc.mount_setattr(mount, flags | sc.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
         except OSError as error:
             if error.errno not in sc.CANNOT_MAP_OWNERS:
                 raise
-            if mode == "rw":
+            if mode != "ro":
                 raise HostError(
                     f"workspace {path}: its file system cannot map owners (idmapped mounts: ext4, xfs, btrfs; tmpfs since"
                     " Linux 6.3); move it, or take it read-only (:ro)"

@@ -24,8 +24,9 @@ from agentrun.images import Images
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, HOST, Bind
 from agentrun.rootfs import NOBODY, add_bind
+from agentrun.session.mount import SessionRoots
 from agentrun.shape import ID_RANGE, Shape, plan_shape, shape_of
-from agentrun.workspace import owner_maps, workspace_tops
+from agentrun.workspace import owner_maps, with_mounter, workspace_tops
 from agentrun.zygote import Zygote
 from agentrun_shim.seccomp import compile_profile, find_profile
 from agentrun_shim.seccomp_front import harden
@@ -51,9 +52,17 @@ class View(NamedTuple):
 class Zygotes:
     """Zygotes by shape, started when they are first asked for."""
 
-    def __init__(self, nursery: trio.Nursery, life_read: int, strangers: int, latency: Latency, images: Images) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        life_read: int,
+        strangers: int,
+        latency: Latency,
+        images: Images,
+        sessions: SessionRoots,
+    ) -> None:
         """Their slots end when ``life_read`` sees its end of file; ``strangers`` is the first of 65,536 host ids of nobody's."""
-        self._latency, self._images = latency, images
+        self._latency, self._images, self._sessions = latency, images, sessions
         self._nursery, self._life_read, self._strangers = nursery, life_read, strangers
         self._started: dict[tuple[Shape, int], tuple[Zygote, View]] = {}
         self._lock = trio.Lock()
@@ -94,7 +103,7 @@ class Zygotes:
 
     async def _start(self, shape: Shape, id_base: int) -> Zygote:
         zygote = Zygote.spawn(self._life_read, self._nursery)
-        self._latency.zygote(zygote, self._latency.shape(shape, shape.label))
+        self._latency.zygote(zygote, self._latency.shape(shape.lasting, shape.label))
         try:
             await self._give_shape(zygote, shape, id_base)
         except BaseException:
@@ -127,13 +136,30 @@ class Zygotes:
 
     async def _open_root(self, zygote: Zygote, shape: Shape, id_base: int, points: Mapping[str, bool]) -> rootfs.RootFs:
         ids, etc = (shape.process.uid, shape.process.gid), _etc(shape)
+        if shape.fs.session:
+            points = self._sessions.points(shape.fs.session, points)
         if shape.fs.image == HOST:
-            return rootfs.open_host_root(ids=ids, etc=etc, nobody=await zygote.userns(NOBODY))
+            root = rootfs.open_host_root(ids=ids, etc=etc, nobody=await zygote.userns(NOBODY))
+        else:
+            root = await self._open_image(zygote, shape, id_base, points)
+        if shape.fs.session:
+            try:
+                await self._sessions.add_workspace(zygote, root, shape.fs.session, (id_base + ids[0], id_base + ids[1]))
+            except BaseException:
+                root.close()
+                raise
+        return root
+
+    async def _open_image(self, zygote: Zygote, shape: Shape, id_base: int, points: Mapping[str, bool]) -> rootfs.RootFs:
+        ids, etc = (shape.process.uid, shape.process.gid), _etc(shape)
         zygote.lease = self._images.lease(shape.fs.image)
         owners = Owners(id_base, *shape.fs.owners)
         userns = await zygote.userns(owners.maps())
         points = {zygote.lease.config.workdir: True, **points}  # docker run makes it as well
-        return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points)
+        if not shape.fs.session:
+            return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points)
+        with self._sessions.root(shape.fs.session, await zygote.userns(with_mounter(owners.maps()))) as kept:
+            return open_image_root(zygote.lease.layers, ids, etc, owners, userns, (), points, *kept)
 
     def profile(self, name: str) -> Profile:
         """A seccomp profile, with the rules that are in front of every one.
@@ -184,7 +210,9 @@ class Zygotes:
 
 
 def _key(shape: Shape, id_base: int) -> tuple[Shape, int]:
-    return shape, id_base if shape.fs.image != HOST or any(bind.mode == "rw" for bind in shape.fs.binds) else 0
+    return shape, id_base if shape.fs.image != HOST or shape.fs.session or any(
+        bind.mode == "rw" for bind in shape.fs.binds
+    ) else 0
 
 
 def _etc(shape: Shape) -> dict[str, bytes]:

@@ -6,7 +6,7 @@
 
 // client_args.c
 enum option {
-    POLICY, CWD, TIMEOUT, MEMORY, CPUS, PIDS, NET, HINT, IMAGE, TENANT, WORKSPACE, BEST_EFFORT, CAPTURE, TIMINGS, SENT,  // go to the daemon
+    POLICY, CWD, TIMEOUT, MEMORY, CPUS, PIDS, NET, HINT, IMAGE, SESSION, TENANT, WORKSPACE, BEST_EFFORT, CAPTURE, TIMINGS, SENT,  // go to the daemon
     ENV = SENT, RESULT, SOCKET, NO_DAEMON, NO_TTY, HELP, OPTIONS
 };
 extern const char *const option_names[OPTIONS];

@@ -9,7 +9,7 @@ static const char help[] =
     "Run one command in a fresh sandbox.\n"
     "\n"
     "  --policy NAME|FILE      the rules to run under (see agentrun policy list)\n"
-    "  --workspace DIR[:ro]    the directory the command works in; :rw is the default\n"
+    "  --workspace DIR[:ro]    the directory the command works in; :rw is the default, :cow a copy that is written to\n"
     "  --cwd PATH              where in the sandbox the command starts\n"
     "  --env NAME[=VALUE]      set a variable, or copy it from here if it is set; repeatable\n"
     "  --timeout SECONDS       end the call after this long\n"
@@ -19,6 +19,7 @@ static const char help[] =
     "  --net none|host         no network, or the host's\n"
     "  --hint memory=WHAT      memory it needs: low, medium, high or a size\n"
     "  --image NAME            the root file system: an image of the store (see agentrun image ls)\n"
+    "  --session ID            the root and workspace of a session (see agentrun session --help)\n"
     "  --tenant NAME           whose budget pays\n"
     "  --best-effort           run even where a limit of the policy cannot be enforced\n"
     "  --json                  capture the output and print the whole result as JSON\n"
@@ -36,7 +37,7 @@ static const char help[] =
     "  75     queue full: try again      2    wrong usage or refused request\n";
 
 const char *const option_names[OPTIONS] = {
-    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "image", "tenant", "workspace", "best-effort", "capture", "timings",
+    "policy", "cwd", "timeout", "memory", "cpus", "pids", "net", "hint", "image", "session", "tenant", "workspace", "best-effort", "capture", "timings",
     "env", "result", "socket", "no-daemon", "no-tty", "help",
 };
 

@@ -23,7 +23,13 @@ VERBS = {
     "top": ("top", "the calls that run, with their memory, processor time and pressure"),
     "bursts": ("bursts", "what memory control sees and does, as it happens"),
     "policy": ("policy", "list, show, check and compare policies"),
+    "setup": ("setup", "make container engines know agentrun: setup oci"),
     "image": ("image", "import, pull, list, remove and verify root file systems"),
+    "session": ("session", "keep a root and a workspace from call to call: snapshot, fork, roll back"),
+    "changes": ("changes", "what is kept of calls in copy-on-write workspaces"),
+    "diff": ("changes", "what a call changed in its copy of the workspace"),
+    "apply": ("changes", "carry a call's changes over to the workspace"),
+    "discard": ("changes", "throw a call's changes away"),
     "doctor": ("doctor", "try what agentrun needs of this host, feature by feature"),
 }
 

@@ -187,6 +187,23 @@ class Store:
         with self._keeper.locked():
             return self._shelf.image(self._shelf.resolve(name))
 
+    def names(self) -> dict[str, str]:
+        """Every name, and the id of its image."""
+        with self._keeper.locked():
+            return self._shelf.names()
+
+    def tag(self, name: str, other: str) -> str:
+        """Give an image another name as well; its id.
+
+        Raises:
+            UsageError: there is no such image, or that is no name.
+        """
+        called = full_name(other)
+        with self._keeper.errors("naming an image"), self._keeper.locked():
+            image_id = self._shelf.resolve(name)
+            self._shelf.write_names({**self._shelf.names(), called: image_id})
+        return image_id
+
     def layer(self, name: str) -> LayerInfo:
         """What is known of a layer."""
         return self._shelf.layer(name)

@@ -1,0 +1,9 @@
+"""Sessions: a root and a workspace that stay from call to call, with snapshots, forks and rollbacks.
+
+A session is a stack of overlay layers above an image and above a workspace's directory. Calls write to the topmost. A snapshot
+puts an empty one on top, so what is below does not change any more; a fork is another stack of the same layers; a rollback puts
+an empty layer on those of a snapshot. Nothing is ever copied, so each takes as long as making a few directories::
+
+    store     what is on disk: sessions and layers; who uses them, what nobody needs any more
+    mount     a session's layers → the root of a sandbox, and its workspace
+"""

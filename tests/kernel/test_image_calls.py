@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls whose root is an image: what they see, who they are, what they may write; nothing is copied, nothing changes owner."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from agentrun import HostError, Policy, UsageError
+from agentrun.image.store import Store
+from agentrun.policy import Bind, Filesystem, Process
+from tests.image import big
+from tests.image.roots import archive, write_root
+from tests.requirements import lacking
+from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config, result_of
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A store with images; ``AGENTRUN_IMAGES`` names it."""
+    with tempfile.TemporaryDirectory(prefix="agentrun-images-", dir="/var/tmp") as name:
+        here = Path(name)
+        store = Store(here / "store")
+        write_root(here / "plain", etc__secret="root's\n", srv__data="image's\n", root___profile="x")
+        (here / "plain/etc/secret").chmod(0o600)
+        (here / "plain/opt").mkdir()
+        store.import_image(str(here / "plain"), "plain")
+        write_root(here / "lower", a="lower\n", gone="x", dir__old="x")
+        upper = here / "upper"
+        (upper / "dir").mkdir(parents=True)
+        for path in ("a", "dir/new"):
+            (upper / path).write_text("upper\n")
+        (upper / ".wh.gone").touch()
+        (upper / "dir/.wh..wh..opq").touch()
+        config = {
+            "Env": ["PATH=/bin", "COLOUR=blue"],
+            "WorkingDir": "/made/here",
+            "User": "app",
+            "Entrypoint": ["/bin/env", "ENTERED=1"],
+        }
+        store.import_image(f"docker-archive:{archive(here, 'two', config, here / 'lower', upper)}", "two")
+        before = os.environ.get("AGENTRUN_IMAGES")
+        os.environ["AGENTRUN_IMAGES"] = str(store.root)
+        yield store
+        del os.environ["AGENTRUN_IMAGES"]
+        if before is not None:
+            os.environ["AGENTRUN_IMAGES"] = before
+
+
+@pytest.fixture(scope="module")
+def executor(store):
+    if reason := missing_requirement():
+        lacking(reason)
+    config = own_config()
+    before = Leaks(cgroup_of(config.name))
+    blocking = Blocking(config)
+    yield blocking
+    blocking.close()
+    before.check()
+    assert not cgroup_of(config.name).exists()
+
+
+def inodes(root: Path) -> dict[str, tuple[int, ...]]:
+    """Owner, mode, size and identity of everything below a directory."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        info = path.lstat()
+        found[str(path)] = (info.st_ino, info.st_uid, info.st_gid, info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    return found
+
+
+def test_the_root_is_the_image(executor):
+    assert executor.text("cat /srv/data; test -e /usr || echo none", image="plain") == "image's\nnone"
+
+
+def test_it_is_read_only_but_for_what_is_the_calls_own(executor):
+    script = "for f in / /etc /bin /srv /proc/sys /run /tmp /home/tool /dev/shm; do touch $f/x 2>/dev/null && echo $f; done"
+    assert executor.text(script, image="plain").split() == ["/tmp", "/home/tool", "/dev/shm"]
+    assert executor.text("ls /tmp /home/tool /dev/shm", image="plain").split() == ["/dev/shm:", "/home/tool:", "/tmp:"]
+
+
+def test_the_images_root_is_the_tool_and_no_tool_is_root(executor):
+    text = executor.text(
+        "id -u; id -g; stat -c %u:%g /etc/secret /bin/busybox /etc /; cat /etc/secret; grep 1000 /etc/passwd", image="plain"
+    )
+    assert text.split("\n") == [
+        "1000",
+        "1000",
+        *["1000:1000"] * 4,
+        "root's",
+        "tool:x:1000:1000:agentrun tool call:/home/tool:/bin/sh",
+    ]
+
+
+def test_another_user_does_not_read_what_is_roots(executor):
+    policy = Policy(fs=Filesystem(image="plain"), process=Process(uid=1234, gid=1234))
+    done = executor.sh("id -u; stat -c %u /etc/secret; cat /etc/secret", policy=policy)
+    assert (done.stdout, done.exit_code) == (b"1234\n0\n", 1)
+
+
+def test_config_is_applied_as_docker_run_does(executor):
+    text = executor.text("env | grep -e ^COLOUR -e ^PATH -e ^ENTERED -e ^USER | sort; pwd; id", image="two")
+    assert text.split("\n") == [
+        "COLOUR=blue",
+        "ENTERED=1",
+        "PATH=/bin",
+        "USER=app",
+        "/made/here",
+        "uid=33(app) gid=44(app) groups=44(app),55(more)",
+    ]
+    assert executor.text("echo $COLOUR; pwd", image="two", env={"COLOUR": "red"}, cwd="/bin") == "red\n/bin"
+
+
+def test_layers_are_one_tree(executor):
+    assert executor.text("cat /a; ls /dir; test -e /gone || echo gone", image="two") == "upper\nnew\ngone"
+
+
+def test_nothing_is_copied_and_no_owner_changes(executor, store):
+    before, used = inodes(store.root / "layers"), shutil.disk_usage(store.root).used
+    owners = [
+        executor.text("stat -c %u /bin/busybox; cat /proc/self/uid_map", image="plain", tenant=tenant)
+        for tenant in ("one", "two")
+    ]
+    assert owners[0] != owners[1], "two tenants have the same ids"
+    assert all(text.startswith("1000\n") for text in owners)
+    assert inodes(store.root / "layers") == before
+    assert shutil.disk_usage(store.root).used - used < 1 << 20
+
+
+@pytest.mark.parametrize("top", ["/root", "/home", "/tmp", "/opt", "/mnt", "/var/tmp"])
+def test_a_workspace_has_a_place(executor, top):
+    with tempfile.TemporaryDirectory(prefix="agentrun-test-", dir=top) as name:
+        assert executor.text("pwd; echo out > f", image="plain", workspace=name) == name
+        assert Path(name, "f").read_text() == "out\n"
+        assert Path(name, "f").stat().st_uid == os.geteuid()
+
+
+def test_a_workspace_hides_nothing_of_the_image(executor):
+    where = tempfile.TemporaryDirectory(prefix="agentrun-test-", dir="/srv")
+    with where as name, pytest.raises(HostError, match="cannot be in this image"):
+        executor.sh("true", image="plain", workspace=name)
+    assert executor.text("cat /srv/data", image="plain") == "image's"
+
+
+def test_binds_are_shown_in_it(executor, tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "f").write_text("bound\n")
+    binds = (Bind(str(tmp_path), "/srv/data2"), Bind(str(tmp_path / "f"), "/etc/secret"), Bind(str(tmp_path), "/new/place"))
+    policy = Policy(fs=Filesystem(image="plain", binds=binds))
+    assert (
+        executor.text("cat /srv/data /srv/data2/f /etc/secret /new/place/f", policy=policy)
+        == "image's\n" + "bound\n" * 2 + "bound"
+    )
+
+
+def test_a_name_means_what_it_means_now(executor, store, tmp_path):
+    for word in ("first", "second"):
+        write_root(tmp_path / word, word=word)
+        store.import_image(str(tmp_path / word), "moving")
+        assert executor.text("cat /word", image="moving") == word
+
+
+def test_an_image_in_use_is_not_pruned(executor, store, tmp_path):
+    write_root(tmp_path / "root", word="here")
+    image, _ = store.import_image(str(tmp_path / "root"), "held")
+    assert executor.text("cat /word", image="held") == "here"
+    store.remove("held")
+    assert not set(image.layers) & set(store.prune().layers)
+    with pytest.raises(UsageError, match='no image "held"'):
+        executor.sh("true", image="held")
+    assert executor.text("echo still", image="plain") == "still"
+
+
+@pytest.mark.parametrize("image", ["nobody", "", 5, "a b"])
+def test_no_such_image(executor, image):
+    with pytest.raises(UsageError, match="image"):
+        executor.sh("true", image=image)
+
+
+def test_a_user_that_is_none(executor, store, tmp_path):
+    write_root(tmp_path / "root")
+    path = archive(tmp_path, "strange", {"User": "nobody-here"}, tmp_path / "root")
+    store.import_image(f"docker-archive:{path}", "strange")
+    with pytest.raises(UsageError, match="no user 'nobody-here'"):
+        executor.sh("true", image="strange")
+
+
+def test_host_is_the_hosts_own(executor):
+    policy = Policy(fs=Filesystem(image="plain"))
+    assert executor.text("test -e /srv/data || echo host", policy=policy, image="host") == "host"
+
+
+def test_on_the_command_line(store):
+    with open_daemon() as daemon:
+        done = result_of(daemon.exec("--json", "--image", "plain", "--", "cat", "/srv/data"))
+        assert done["stdout"] == "image's\n"
+        assert daemon.exec("--image", "nobody", "--", "true").returncode == 2
+        assert b'no image "nobody"' in daemon.exec("--image", "nobody", "--", "true").stderr
+
+
+def test_a_big_image_is_there_at_once(executor, store, tmp_path_factory):
+    """A gigabyte in 20,000 files. How long its first call takes, the bench says; here nothing may be copied."""
+    with tempfile.TemporaryDirectory(prefix="agentrun-big-", dir="/var/tmp") as name:
+        made = big.write_tar(Path(name, "big.tar"))
+        assert made.files >= 20_000
+        assert made.size >= 1 << 30
+        store.import_image(str(Path(name, "big.tar")), "big")
+    layers = store.root / "layers"
+    before, used = inodes(layers), shutil.disk_usage(layers).used
+    for tenant in ("one", "two"):
+        begun = time.perf_counter()
+        assert (
+            executor.text("find /usr/lib/parts -name '*.dat' | head -30000 | wc -l; id -u", image="big", tenant=tenant)
+            == "20000\n1000"
+        )
+        print(f"first call of tenant {tenant}: {(time.perf_counter() - begun) * 1000:.1f} ms")
+    assert inodes(layers) == before
+    assert shutil.disk_usage(layers).used - used < 4 << 20
