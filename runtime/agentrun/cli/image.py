@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from agentrun.image.limits import Limits, Report, silent
+from agentrun.image.recipe import load, recipe_files
 from agentrun.image.shelf import Image
 from agentrun.image.store import Store
 from agentrun.tomltext import show_path
@@ -22,6 +23,7 @@ from agentrun.units import parse_number, parse_size
 _ACTIONS = {
     "import": "take in a directory, a tar, an OCI layout, an archive of docker's or podman's",
     "pull": "take in an image of a registry, or one that podman has; by skopeo",
+    "build": "build an image from a recipe; by mmdebstrap",
     "ls": "every image in the store",
     "show": "one image: its config and layers",
     "rm": "remove a name, and its image if it has no other",
@@ -42,8 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser, _verb: str) -> None:
         elif name == "pull":
             action.add_argument("source", metavar="REF", help="as of docker pull; or containers-storage: and one")
             action.add_argument("--insecure", action="store_true", help="plain HTTP, or a certificate nobody knows, is enough")
-        if name in ("import", "pull"):
+        elif name == "build":
+            action.add_argument("source", metavar="RECIPE", nargs="?", help="its name, or a path; none: list them")
+        if name in ("import", "pull", "build"):
             action.add_argument("name", metavar="NAME", nargs="?", help="what to call it; else it is called what it is there")
+        if name in ("import", "pull"):
             action.add_argument("--max-size", metavar="SIZE", help="refuse a layer of more; 64G")
             action.add_argument("--max-entries", metavar="N", help=f"refuse a layer of more files; {_LIMITS.entries}")
             action.add_argument("--max-ratio", metavar="N", help=f"refuse a layer compressed to less than 1/N; {_LIMITS.ratio}")
@@ -59,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a config may have letters that the terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     limits = _limits(args) if args.action in ("import", "pull") else _LIMITS
+    if args.action == "build" and args.source is None:
+        return _recipes(args.json)
     store = Store()
     match args.action:
-        case "import" | "pull":
+        case "import" | "pull" | "build":
             return _import(store, args, limits)
         case "ls":
             return _list(store, args.json)
@@ -102,9 +109,19 @@ def _import(store: Store, args: argparse.Namespace, limits: Limits) -> int:
     insecure = args.action == "pull" and args.insecure
     if args.action == "pull" and not reference.startswith(("docker://", "containers-storage:")):
         reference = f"docker://{reference}"
+    if args.action == "build":
+        reference = f"recipe:{reference}"
     with _progress() as report:
         image, names = store.import_image(reference, name, limits, report, insecure=insecure)
     return _print(args.json, {"id": image.id, "names": names}, [f"{called}  {_short(image.id)}" for called in names or ("-",)])
+
+
+def _recipes(as_json: bool) -> int:
+    """Every recipe that has a name."""
+    found = {name: load(path) for name, path in recipe_files().items()}
+    rows = [{"name": name, "description": recipe.description, "suite": recipe.suite} for name, recipe in found.items()]
+    width = max((len(name) for name in found), default=0)
+    return _print(as_json, rows, [f"{name:<{width}}  {found[name].description}" for name in sorted(found)])
 
 
 def _list(store: Store, as_json: bool) -> int:

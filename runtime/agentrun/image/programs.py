@@ -1,4 +1,5 @@
-"""The two programs that images need: zstd, which Python has no module for before 3.14, and skopeo, which knows registries.
+"""The programs that images need: zstd, which Python has no module for before 3.14; skopeo, which knows registries; mmdebstrap,
+which knows Debian.
 
 ``posix_spawn`` only: this may run in a thread of the daemon, which never forks. A child has the descriptors that are named here,
 and no others.
@@ -20,8 +21,12 @@ from agentrun.tomltext import printable
 _HINT: Final = {
     "zstd": "zstd-compressed layers need the zstd program; apt-get install zstd",
     "skopeo": "registries and containers-storage need skopeo; apt-get install skopeo",
+    "mmdebstrap": "recipes are built by mmdebstrap; apt-get install mmdebstrap",
+    "apt-config": "recipes take Debian's packages from where apt of this machine does, and it has no apt",
 }
 _LONGEST: Final = 2000
+_MOST: Final = 1 << 20
+"""Bytes of what a program says that are read."""
 _EVERY: Final = 0.25
 """Seconds between two looks at how far a program has come."""
 
@@ -34,7 +39,7 @@ def find(name: str) -> str:
     """
     path = shutil.which(name)
     if path is None:
-        raise HostError(f"{name} is not installed: {_HINT[name]}")
+        raise HostError(f"{name} is not installed: {_HINT.get(name, 'images need it')}")
     return path
 
 
@@ -107,16 +112,19 @@ class Unzstd:
         return self._status
 
 
-def run(argv: list[str], look: Callable[[], None], keep: int = -1) -> None:
-    """Run a program to its end. ``look`` is called now and then meanwhile; what it writes to stderr is the reason if it fails.
+def run(argv: list[str], look: Callable[[], None] = lambda: None, keep: int = -1) -> str:
+    """Run a program to its end; what it writes to stdout. ``look`` is called now and then meanwhile.
+
+    What it writes to stderr is the reason if it fails.
 
     Raises:
         HostError: it is not there, or failed.
     """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    out = os.memfd_create("stdout", os.MFD_CLOEXEC)
     words = os.memfd_create("stderr", os.MFD_CLOEXEC)
     try:
-        pid = _spawn(argv, null, words, words, keep)
+        pid = _spawn(argv, null, out, words, keep)
         pidfd = os.pidfd_open(pid)
         try:
             while not select.select([pidfd], [], [], _EVERY)[0]:
@@ -127,10 +135,11 @@ def run(argv: list[str], look: Callable[[], None], keep: int = -1) -> None:
         finally:
             os.close(pidfd)
             status = _wait(pid)
-        text = os.pread(words, 1 << 16, 0).decode(errors="replace")
+        printed, text = (os.pread(fd, _MOST, 0).decode(errors="replace") for fd in (out, words))
     finally:
-        os.close(words)
-        os.close(null)
+        for fd in (out, words, null):
+            os.close(fd)
     if status:
         reason = " ".join(text.split())[-_LONGEST:] or (f"signal {-status}" if status < 0 else f"exit status {status}")
         raise HostError(f"{' '.join(argv[:2])} failed: {printable(reason)}")
+    return printed

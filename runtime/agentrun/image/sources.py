@@ -9,6 +9,7 @@
     docker-archive:PATH[:NAME:TAG] what `docker save` writes
     docker://REF                   a registry; by skopeo
     containers-storage:REF         what podman has; by skopeo
+    recipe:NAME, recipe:PATH       built here (``build``)
 
 A path alone is whichever of the first five it is. skopeo makes an OCI layout in the store's scratch space, and then it is one of
 these.
@@ -25,17 +26,19 @@ import msgspec
 
 from agentrun.errors import UsageError
 from agentrun.image import programs
+from agentrun.image.build import build_recipe
 from agentrun.image.layers import Folder, LayerSource, Packed
 from agentrun.image.limits import Limits, Report
 from agentrun.image.locks import Work
 from agentrun.image.oci import Found, Get, machine, read_layout, read_saved
+from agentrun.image.recipe import find_recipe
 from agentrun.image.streams import Blob
 from agentrun.image.tarfiles import Members, is_container, unpack
 from agentrun.tomltext import show_path
 
 __all__ = ["Source", "machine", "open_source"]
 
-_TRANSPORT = re.compile(r"(dir|tar|oci|oci-archive|docker-archive|containers-storage):(.+)|(docker)://(.+)", re.DOTALL)
+_TRANSPORT = re.compile(r"(dir|tar|oci|oci-archive|docker-archive|containers-storage|recipe):(.+)|(docker)://(.+)", re.DOTALL)
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -64,6 +67,10 @@ def open_source(reference: str, work: Work, limits: Limits, report: Report, *, i
     kind, rest = (match[1] or match[3], match[2] or match[4]) if match else ("", reference)
     if kind in ("docker", "containers-storage"):
         return _by_skopeo(reference, rest, work, report, insecure)
+    if kind == "recipe":
+        recipe = find_recipe(rest)
+        built = build_recipe(recipe, work, report)
+        return Source(reference, (built.layer,), built.document, (recipe.name,))
     path, tag = _split_tag(rest) if kind in ("oci", "oci-archive", "docker-archive") else (rest, None)
     kind = kind or _recognise(path, limits, report)
     wanted = "directory" if kind in ("dir", "oci") else "file"
