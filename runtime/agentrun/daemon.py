@@ -22,6 +22,7 @@ import msgspec
 import trio
 
 from agentrun.config import DEFAULT_SOCKET, DaemonConfig
+from agentrun.containers import Containers
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor
 from agentrun.hints import with_memory
@@ -36,10 +37,12 @@ from agentrun.protocol import (
     Options,
     ProtocolError,
     Ps,
+    Register,
     Signal,
     Stats,
     Status,
     Top,
+    Unregister,
     decode,
     error_frame,
     receive_frame,
@@ -70,11 +73,13 @@ class Daemon:
         self._executor = executor
         self._config = config
         self._private = private
+        self._containers = Containers(executor, config.socket)
         self._started = time()
 
     async def serve(self, listeners: Sequence[trio.socket.SocketType]) -> None:
         """Accept and handle connections until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._containers.run)
             for listener in listeners:
                 nursery.start_soon(self._accept, listener, nursery)
 
@@ -122,6 +127,8 @@ class Daemon:
             if isinstance(request, Bursts):
                 await self._tell_bursts(sock, _peer(sock)[1])
                 return None
+            if isinstance(request, Register | Unregister):
+                return reply_frame(self._ask_of_container(request, _peer(sock)))
             return reply_frame(self._ask(request, _peer(sock)[1]))
         finally:
             _close_all(fds)
@@ -258,6 +265,16 @@ class Daemon:
         finally:
             listeners.discard(listen)
 
+    def _ask_of_container(self, request: Register | Unregister, peer: tuple[int, int, int]) -> object:
+        """A hook's request: root's, or of whoever owns the container's cgroup."""
+        pid, uid, _ = peer
+        if self._private:
+            raise UsageError("a private runtime controls no containers")
+        if isinstance(request, Unregister):
+            return {"known": self._containers.unregister(request.id, request.bundle, uid)}
+        policy, tenant = self._policy(request.policy, uid), self._tenant(request.tenant, uid)
+        return self._containers.register(request, policy, tenant, uid, pid)
+
     def _ask(self, request: Status | Ps | Stats | Latency | Top | Kill, uid: int) -> object:
         """The answer to a question. Root sees everything; others their own tenant's, and nothing that adds up everybody's."""
         executor, tenant = self._executor, f"uid-{uid}"
@@ -265,12 +282,14 @@ class Daemon:
         if isinstance(request, Status):
             return {"pid": os.getpid(), "started": self._started, "cgroup": str(executor.tree.path),
                     "controllers": sorted(executor.tree.controllers), "running": len(calls),
+                    "containers": len(self._containers.rows(uid)),
                     "memory": msgspec.to_builtins(executor.memory.status())}  # fmt: skip
         if isinstance(request, Top):
             rows = [row for name, call in calls.items() if (row := executor.usage(name, call)) is not None]
-            return {"calls": rows, "memory": msgspec.to_builtins(executor.memory.status())}
+            return {"calls": rows, "containers": self._containers.usage(uid),
+                    "memory": msgspec.to_builtins(executor.memory.status())}  # fmt: skip
         if isinstance(request, Ps):
-            return {"calls": [call.describe() for call in calls.values()]}
+            return {"calls": [call.describe() for call in calls.values()], "containers": self._containers.rows(uid)}
         if isinstance(request, Stats):
             if uid != 0:
                 return {"running": len(calls), "pools": msgspec.to_builtins(executor.pools(tenant))}

@@ -153,8 +153,8 @@ class Latency:
 
         It is cold, as all of that runtime's are. ``forget`` it when it is gone.
         """
-        self._leaves[leaf] = number = self.shape(("container", label), label)
-        self._tell_leaf(leaf, number, _C["KIND_COLD"])
+        # Programs that are attached later would take what it does then for its beginning: those are not told.
+        self._tell_leaf(leaf, self.shape(("container", label), label), _C["KIND_COLD"])
 
     def cold(self, leaf: int) -> None:
         """A call waited for this sandbox."""

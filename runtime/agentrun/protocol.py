@@ -92,7 +92,33 @@ class Kill(_Request, frozen=True, kw_only=True):
     signal: int | None = None
 
 
-Request = Exec | Signal | Status | Ps | Stats | Latency | Top | Bursts | Kill
+class Register(_Request, frozen=True, kw_only=True):
+    """Control the cgroup of a container that another runtime made; from its hook."""
+
+    id: str
+    bundle: str
+    """With ``id``, what it is known by: engines do not share either."""
+    cgroup: str
+    """As /proc/PID/cgroup has it."""
+    inode: int
+    """Of its directory: the cgroup's id."""
+    policy: str
+    tenant: str | None = None
+    hint: str | None = None
+    fail: Literal["", "open", "closed"] = ""
+    """What the container wants to happen if its policy cannot be in force; else the policy says (``best_effort``)."""
+    started: bool = False
+    """Its program runs: there is no set-up to be recorded any more."""
+
+
+class Unregister(_Request, frozen=True, kw_only=True):
+    """A container is gone."""
+
+    id: str
+    bundle: str
+
+
+Request = Exec | Signal | Status | Ps | Stats | Latency | Top | Bursts | Kill | Register | Unregister
 
 _decoder = msgspec.msgpack.Decoder(Request)
 _encode = msgspec.msgpack.Encoder().encode

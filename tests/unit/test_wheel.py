@@ -64,7 +64,7 @@ def test_a_checkout_has_its_own_data():
     assert data_path("policies/seccomp/default.json") == ROOT / "policies" / "seccomp" / "default.json"
 
 
-@pytest.mark.parametrize("directory", ["bpf", "images", "policies", "systemd"])
+@pytest.mark.parametrize("directory", ["bpf", "images", "policies", "shim/config", "systemd"])
 def test_data_comes_along(names, directory):
     files = {
         str(file.relative_to(ROOT))
@@ -83,6 +83,7 @@ def test_the_licence_and_the_names(wheel, names):
     assert (metadata["Name"], metadata["License-Expression"], metadata["Requires-Python"]) == ("agentrun", "Apache-2.0", ">=3.11")
     assert {line.split(">")[0] for line in metadata.get_all("Requires-Dist")} == {"idna", "msgspec", "rich", "trio"}
     assert "agentrun-cli = agentrun.cli:main" in scripts
+    assert "agentrun-hook = agentrun_shim.hook:program" in scripts
 
 
 def test_nothing_else_is_in_it(names):

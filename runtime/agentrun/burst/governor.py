@@ -21,6 +21,7 @@ from agentrun.burst.ladder import Mode, Rung, Situation, Step, climb
 from agentrun.burst.notices import Notices
 from agentrun.burst.table import ACTS, Event, Orders, Table
 from agentrun.burst.watch import NO_RECORD, Record, Watch
+from agentrun.cgroup.foreign import Foreign
 from agentrun.cgroup.leaf import Leaf
 from agentrun.errors import HostError
 from agentrun.policy import DEFAULT, Limits
@@ -39,10 +40,10 @@ Listener = Callable[[dict[str, Any]], None]
 class _Entry:
     """A leaf that exists."""
 
-    __slots__ = ("killed", "leaf", "limits", "lost", "number", "tenant", "watch")
+    __slots__ = ("killed", "leaf", "level", "limits", "lost", "number", "tenant", "watch")
 
-    def __init__(self, leaf: Leaf, tenant: str) -> None:
-        self.leaf, self.tenant = leaf, tenant
+    def __init__(self, leaf: Leaf, tenant: str, level: int | None = None) -> None:
+        self.leaf, self.tenant, self.level = leaf, tenant, level
         self.number = 0
         self.limits: Limits = DEFAULT.limits
         self.watch: Watch | None = None
@@ -106,7 +107,7 @@ class Governor:
         table.close()
         for entry in self._entries.values():
             entry.number, entry.lost = 0, True
-            if entry.watch is not None and self._controller:
+            if entry.watch is not None and entry.watch.notice < 0 and self._controller:
                 self._heed(entry.watch)
         self.on_mode()
 
@@ -119,11 +120,42 @@ class Governor:
         if self.scheduling is not None:
             self.scheduling.prepare(leaf)
 
+    def adopt(self, leaf: Foreign, tenant: str, limits: Limits) -> bool:
+        """Hold a container of another runtime to ``limits`` until ``forget``; its control files are written already.
+
+        Returns whether the programs in the kernel watch it, as far as there are any: they can watch four levels of the tree.
+        """
+        entry = self._entries[leaf.id] = _Entry(leaf, tenant, leaf.level)
+        entry.limits = limits
+        self._enter(entry)
+        if limits.memory_high is not None:
+            entry.watch = Watch(leaf, tenant, limits, self._priorities.get(tenant, 0), trio.current_time())
+            if self._controller:
+                # Programs or not: they see the charges of this very cgroup, the controller's notices are of those below it too.
+                self._heed(entry.watch)
+        return self._table is None or entry.number != 0
+
+    def release(self, leaf: Foreign) -> None:
+        """Control of a container ends before the container does: it is let go on, with its steady budget as its limit."""
+        entry = self._entries.get(leaf.id)
+        if entry is not None and entry.watch is not None and not entry.killed:
+            if self._controller and entry.watch.high:
+                self._write_high(entry.watch, str(entry.limits.memory_high))
+            if entry.watch.rung is Rung.FROZEN:
+                leaf.thaw()
+            self._continue(entry, self._table)
+        self.forget(leaf)
+
+    def killed(self, leaf: Leaf) -> str:
+        """Why memory control killed a leaf; empty if it did not."""
+        entry = self._entries.get(leaf.id)
+        return entry.killed if entry is not None else ""
+
     def _enter(self, entry: _Entry) -> None:
         if self._table is None:
             return
         with contextlib.suppress(OSError):
-            entry.number = self._table.add(entry.leaf.id)
+            entry.number = self._table.add(entry.leaf.id, entry.level)
             self._arm(entry)
 
     def _arm(self, entry: _Entry) -> None:
@@ -194,7 +226,7 @@ class Governor:
         entry = self._entries.pop(leaf.id, None)
         if entry is None:
             return
-        if self.scheduling is not None:
+        if self.scheduling is not None and entry.level is None:
             self.scheduling.forget(leaf)
         if entry.watch is not None:
             self._active.discard(entry.watch)

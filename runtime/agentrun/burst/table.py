@@ -22,6 +22,8 @@ ACTS = {"notify": _C["ACT_NOTIFY"], "stop": _C["ACT_STOP"], "throttle": _C["ACT_
 """What the programs do by themselves when a burst is used up; the rest is the governor's."""
 WHY = {_C[f"WHY_{name}"]: name.lower() for name in ("CROSSED", "BELOW", "EXHAUSTED", "CEILING", "UNSTOPPABLE")}
 NO_LIMIT = _C["NO_LIMIT"]
+_LEVELS = 4
+"""As ``struct settings`` has room for."""
 
 
 class Orders(NamedTuple):
@@ -78,17 +80,22 @@ class Table:
         self._counters = Memory(maps["counters"], layouts()["counters"].size, 1)
         self.ring = Ring(maps["events"], _C["RING_SIZE"])
         self._level = level
+        self._others: dict[int, int] = {}
+        """Level by number, of what is elsewhere in the tree."""
         self._used: set[int] = set()
         self._last = self._generation = 0
         struct.pack_into("@II4I", self._settings.view, 0, 0, 1, level, 0, 0, 0)
 
-    def add(self, identity: int) -> int:
+    def add(self, identity: int, level: int | None = None) -> int:
         """Watch the leaf with this cgroup id; returns its number, or 0 if there are as many as can be.
+
+        ``level``: where it is in the cgroup tree, if it is not one of ours. At most four levels can be watched at once.
 
         Raises:
             OSError: the kernel refused.
         """
-        if len(self._used) >= _C["LEAVES"] - 1:
+        elsewhere = level is not None and level != self._level
+        if len(self._used) >= _C["LEAVES"] - 1 or (elsewhere and len({self._level, level, *self._others.values()}) > _LEVELS):
             return 0
         number = self._last
         while True:
@@ -101,6 +108,9 @@ class Table:
         self._slots.update(identity.to_bytes(8, "little"), number.to_bytes(4, "little"))
         self._used.add(number)
         self._last = number
+        if level is not None and elsewhere:
+            self._others[number] = level
+            self._tell_levels()
         self._changed()
         return number
 
@@ -109,7 +119,14 @@ class Table:
         struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _ARMED, 0)
         self._slots.delete(identity.to_bytes(8, "little"))
         self._used.discard(number)
+        if self._others.pop(number, None) is not None:
+            self._tell_levels()
         self._changed()
+
+    def _tell_levels(self) -> None:
+        levels = [self._level, *sorted({*self._others.values()} - {self._level})]
+        struct.pack_into(f"@{len(levels)}I", self._settings.view, _SETTINGS.fields["level"].offset, *levels)
+        struct.pack_into("@I", self._settings.view, _SETTINGS.fields["levels"].offset, len(levels))
 
     def _changed(self) -> None:
         self._generation = (self._generation + 1) & 0xFFFFFFFF
@@ -128,7 +145,7 @@ class Table:
         steady = NO_LIMIT if orders.steady is None else orders.steady
         ceiling = NO_LIMIT if orders.ceiling is None else orders.ceiling
         _ORDERS.pack_into(
-            view, at + 8, steady, ceiling, back, capacity, 0, orders.slack, self._level, 1,
+            view, at + 8, steady, ceiling, back, capacity, 0, orders.slack, self._others.get(number, self._level), 1,
             orders.on_exhausted, orders.on_ceiling, 0, 0,
         )  # fmt: skip
 

@@ -12,6 +12,9 @@ from agentrun.cgroup.leaf import Leaf
 from agentrun.policy import Limits
 from agentrun.types import BurstStep
 
+_STEPS_KEPT = 1024
+"""What lives for days would else have as many as it likes."""
+
 
 class Watch:
     """A call whose policy has a steady budget."""
@@ -57,6 +60,7 @@ class Watch:
             self.since = monotonic()
         at = round(monotonic() - self.started, 6)
         self.steps.append(BurstStep(rung=rung.value, at=at, usage=usage, reason=reason, reaction=reaction))
+        del self.steps[:-_STEPS_KEPT]
 
 
 class Record(NamedTuple):

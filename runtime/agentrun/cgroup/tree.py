@@ -65,6 +65,20 @@ def _mounts(mountinfo: str = "/proc/self/mountinfo") -> list[tuple[Path, str]]:
     return found
 
 
+def level_of(path: Path) -> int:
+    """How deep a cgroup directory is in the cgroup tree; the root is 0. Within a cgroup namespace, as deep as that shows."""
+    places = [(mount, root) for mount, root in _mounts() if path.is_relative_to(mount)]
+    return max((len(Path(root).parts) - 1 + len(path.relative_to(mount).parts) for mount, root in places), default=0)
+
+
+def place_of(cgroup: str) -> Path | None:
+    """The directory of a cgroup that /proc/PID/cgroup names so; ``None`` if no mount of ours shows it."""
+    for mount, root in _mounts():
+        if Path(cgroup).is_relative_to(root) and ".." not in Path(cgroup).parts:
+            return mount / Path(cgroup).relative_to(root)
+    return None
+
+
 def find_base(environ: Mapping[str, str] = os.environ) -> Base:
     """$AGENTRUN_CGROUP, else the cgroup we run in if systemd delegated it to us, else the cgroup2 mount.
 
@@ -126,9 +140,8 @@ class Tree:
 
     @property
     def level(self) -> int:
-        """How deep it is in the cgroup tree; the root is 0. Within a cgroup namespace, as deep as that shows."""
-        places = [(mount, root) for mount, root in _mounts() if self.path.is_relative_to(mount)]
-        return max((len(Path(root).parts) - 1 + len(self.path.relative_to(mount).parts) for mount, root in places), default=0)
+        """How deep it is in the cgroup tree; see ``level_of``."""
+        return level_of(self.path)
 
     def _enable(self) -> frozenset[str]:
         """Enable our controllers from the base down; returns those the leaves will have."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from agentrun.cli.query import short
 from agentrun.config import DEFAULT_SOCKET
 from agentrun.errors import HostError, UsageError
 
@@ -72,7 +73,7 @@ def _line(news: dict[str, Any]) -> str:
     what = news["rung"] if news["event"] == "step" else news["event"]
     reaction = news.get("reaction")
     tool = " ".join(news["argv"]).replace("\n", " ") if news["argv"] else news.get("comm", "")
-    text = f"{when:%H:%M:%S}.{when.microsecond // 1000:03d} {news['call']:<8}{news['tenant']:<12}{what:<12}"
+    text = f"{when:%H:%M:%S}.{when.microsecond // 1000:03d} {short(news['call'], 7):<8}{news['tenant']:<12}{what:<12}"
     text += "".join(f"{'' if news.get(key) is None else brief(news[key]):>9}" for key in ("usage", "limit", "overshoot"))
     text += f"{'' if reaction is None else f'{reaction * 1e6:.0f} us':>10}  {tool[:60]}"
     return text + (f"  ({news['reason']})" if news.get("reason") else "")

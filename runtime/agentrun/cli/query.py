@@ -92,6 +92,17 @@ def _print_calls(data: dict[str, Any]) -> None:
     for call in data["calls"]:
         command = " ".join(call["argv"]).replace("\n", " ")
         print(f"{call['id']:<8}{call['tenant']:<16}{call['seconds']:>9.1f}  {command[:80]}")
+    if data["containers"]:
+        print(f"\n{'CONTAINER':<24}{'TENANT':<16}{'SECONDS':>9}  {'POLICY':<16}")
+    for one in data["containers"]:
+        state = f"killed: {one['killed']}" if one["killed"] else ", ".join(f"no {item['limit']}" for item in one["unenforced"])
+        line = f"{short(one['id'], 22):<24}{one['tenant']:<16}{one['seconds']:>9.1f}  {one['policy']:<16}{state}"
+        print(line.rstrip())
+
+
+def short(name: str, most: int) -> str:
+    """A container's id for a column: sixty-four hexadecimal digits are cut to twelve, as the engines do."""
+    return name[:12] if len(name) == 64 else name[:most]
 
 
 def _print_kill(data: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from agentrun.cli.bursts import brief
-from agentrun.cli.query import ask
+from agentrun.cli.query import ask, short
 from agentrun.config import DEFAULT_SOCKET
 from agentrun.errors import UsageError
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(data), flush=True)
             else:
                 print((_CLEAR if screen else "") + _text(data, before, args.interval), flush=True)
-            before = {row["call"]: row["cpu"] for row in data["calls"]}
+            before = {row["call"]: row["cpu"] for row in data["calls"] + data["containers"]}
             looks += 1
             if args.count is not None and looks >= args.count:
                 return 0
@@ -57,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
 def _text(data: dict[str, Any], before: dict[str, float], interval: float) -> str:
     memory = data["memory"]
     lines = [
-        f"{len(data['calls'])} calls; memory is held by: {memory['mode']}"
+        f"{len(data['calls'])} calls, {len(data['containers'])} containers; memory is held by: {memory['mode']}"
         + (f" ({memory['hook']}, {memory['lost']} events lost)" if memory["hook"] else ""),
         _HEAD,
     ]
-    for row in sorted(data["calls"], key=lambda row: -row["memory"]):
+    for row in sorted(data["calls"] + data["containers"], key=lambda row: -row["memory"]):
         share = (row["cpu"] - before[row["call"]]) / interval * 100 if row["call"] in before else None
         credit = "" if row["credit"] is None else f"{row['credit']:.1f}s"
         pressure = "/".join("-" if value is None else f"{value:.0f}" for value in (row["psi_cpu"], row["psi_memory"]))
         lines.append(
-            f"{row['call']:<8}{row['tenant']:<12}{row['seconds']:>8.1f}{brief(row['memory']):>9}{_size(row['high']):>8}"
+            f"{short(row['call'], 7):<8}{row['tenant']:<12}{row['seconds']:>8.1f}{brief(row['memory']):>9}{_size(row['high']):>8}"
             f"{_size(row['max']):>8}{credit:>8}  {row['rung'] or '':<10}{row['cpu']:>7.1f}s"
             f"{'' if share is None else f'{share:.0f}':>6}{pressure:>10}  {' '.join(row['argv'])[:50]}"
         )

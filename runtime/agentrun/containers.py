@@ -1,0 +1,305 @@
+"""Containers of other runtimes, whose OCI hook asks for control: governed, recorded, listed, let go of.
+
+A record of each is kept beside the socket, so that the next daemon takes over what this one held (``Record``): it finds the
+cgroup by path and inode, and does not touch what is another one by now. A hook that found no daemon leaves such a record, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import stat
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+import msgspec
+import trio
+
+from agentrun.burst.ladder import Mode
+from agentrun.cgroup.foreign import Foreign
+from agentrun.errors import AgentrunError, HostError, LimitError, UsageError
+from agentrun.executor import Executor
+from agentrun.hints import apply_hint
+from agentrun.hookpolicy import container_files, governed, insisted, is_open
+from agentrun.policy import Policy
+from agentrun.protocol import Register
+from agentrun.types import Unenforced
+from agentrun_shim.hook_cgroup import HARMLESS, Merged, read_files, why_missing
+from agentrun_shim.hook_static import record_directory, record_name
+
+LOOK = 1.0
+"""Seconds between two looks at whether they are still there: a runtime that dies runs no poststop hook."""
+MOST = 4096
+_NAME = re.compile(r"[A-Za-z0-9_.+:-]{1,1024}")
+_COUNTED = frozenset({"memory.max", "memory.high"})
+_log = logging.getLogger("agentrun")
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What survives the daemon."""
+
+    id: str
+    bundle: str
+    cgroup: str
+    inode: int
+    policy: str
+    tenant: str
+    hint: str | None
+    fail: str
+    uid: int
+    found: dict[str, str | None]
+    """What its control files said before the policy."""
+
+
+class Container:
+    """One that is under control."""
+
+    def __init__(self, leaf: Foreign, record: Record, policy: Policy) -> None:
+        self.leaf, self.record, self.policy = leaf, record, policy
+        self.since = monotonic()
+        self.unenforced: tuple[Unenforced, ...] = ()
+        self.notes: list[str] = []
+        self.limits = policy.limits
+        """What the governor holds it to."""
+        self.told = False
+        """That it was killed."""
+
+
+class Containers:
+    """All of them, by the id of their cgroup."""
+
+    def __init__(self, executor: Executor, socket: str) -> None:
+        self._executor = executor
+        self._directory = Path(record_directory(socket))
+        self._known: dict[int, Container] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    # ------------------------------------------------------------------ coming and going
+
+    def register(self, request: Register, policy: Policy, tenant: str, uid: int, pid: int) -> dict[str, Any]:
+        """Take control of a container; what the hook has to write to its cgroup.
+
+        Raises:
+            UsageError: it is none, or not the caller's.
+            LimitError: a limit of its policy cannot be enforced here, and its policy or it wants that.
+        """
+        if not _NAME.fullmatch(request.id):
+            raise UsageError(f"id: {request.id[:60]!r} is none")
+        known = self._known.get(request.inode)
+        if known is not None and (known.record.id, known.record.bundle) == (request.id, request.bundle):
+            self._check_owner(known.leaf, uid)
+            return {"known": True, "open": is_open(known.policy, request.fail), "write": {}, "kept": {}, "unenforced": [],
+                    "notes": []}  # fmt: skip
+        leaf = Foreign(request.cgroup, request.inode, request.id)
+        try:
+            self._check_owner(leaf, uid)
+            self._check_place(leaf, pid)
+            found = read_files(leaf.fd, list(container_files(policy.limits)))
+            record = Record(
+                id=request.id, bundle=request.bundle, cgroup=request.cgroup, inode=leaf.id, policy=request.policy, tenant=tenant,
+                hint=request.hint, fail=request.fail, uid=uid, found=found,
+            )  # fmt: skip
+            container, merged = self._take(leaf, record, policy)
+        except BaseException:
+            leaf.close()
+            raise
+        if not request.started:
+            self._executor.latency.register(leaf.id, f"container/{policy.name}")
+        self._save(record)
+        return {
+            "known": False, "open": is_open(policy, request.fail), "write": merged.write, "kept": merged.kept,
+            "unenforced": [[item.limit, item.reason] for item in container.unenforced], "notes": container.notes,
+            "mode": self._executor.memory.governor.mode.value,
+        }  # fmt: skip
+
+    def _take(self, leaf: Foreign, record: Record, policy: Policy) -> tuple[Container, Merged]:
+        governor = self._executor.memory.governor
+        if record.hint:
+            budget = self._executor.config.tenant_limits.get(record.tenant)
+            policy, _ = apply_hint(policy, record.hint, budget.memory_max if budget else None)
+        merged = Merged(record.found, container_files(policy.limits))
+        counted = governor.mode is Mode.BPF
+        unenforced = tuple(
+            Unenforced(name, why_missing(leaf.fd, name))
+            for name in merged.missing
+            if name not in HARMLESS and not (counted and name in _COUNTED)
+        )
+        wanted = insisted(policy, record.fail)
+        for item in unenforced:
+            if item.limit in wanted:
+                raise LimitError(f"policy {policy.name}: {item.limit} cannot be enforced: {item.reason}")
+        if len(self._known) >= MOST:
+            raise UsageError(f"{MOST} containers are registered, which is as many as can be")
+        for other in list(self._known.values()):
+            if other.leaf.id == leaf.id or (other.record.id, other.record.bundle) == (record.id, record.bundle):
+                self._drop(other)
+        container = Container(leaf, record, policy)
+        container.limits, container.notes = governed(policy.limits, merged, record.found, counted=counted)
+        watched = governor.adopt(leaf, record.tenant, container.limits)
+        if not watched and not self._without_programs(container):
+            unenforced += (Unenforced("memory.max", "containers are at too many levels of the cgroup tree for the programs"),)
+        container.unenforced = unenforced
+        self._known[leaf.id] = container
+        return container, merged
+
+    def _without_programs(self, container: Container) -> bool:
+        """The programs do not watch it; whether something else holds it."""
+        if self._executor.memory.governor.mode is Mode.BPF:
+            return False
+        if container.limits.memory_high is not None:
+            container.notes.append("memory: the controller alone holds it; containers are at too many levels of the cgroup tree")
+        return True
+
+    def _check_owner(self, leaf: Foreign, uid: int) -> None:
+        if uid not in (0, leaf.owner):
+            raise UsageError(f"cgroup: {leaf.path} belongs to user {leaf.owner}, not to {uid}")
+
+    def _check_place(self, leaf: Foreign, pid: int) -> None:
+        """Neither a leaf of ours nor one that others are in: limits meant for a container would be a session's."""
+        if leaf.path.is_relative_to(self._executor.tree.path) or self._executor.tree.path.is_relative_to(leaf.path):
+            raise UsageError(f"cgroup: {leaf.path} is the daemon's own")
+        for who in (pid, os.getpid()):
+            if (cgroup := _cgroup_of(who)) is not None and leaf.contains(cgroup):
+                raise UsageError(f"cgroup: {leaf.path} is not the container's alone: process {who} is in it")
+
+    def unregister(self, name: str, bundle: str, uid: int) -> bool:
+        """A container is gone, says its hook; whether it was known."""
+        gone = [one for one in self._known.values() if (one.record.id, one.record.bundle) == (name, bundle)]
+        for one in gone:
+            if uid not in (0, one.record.uid):
+                raise UsageError(f"container {name} was registered by user {one.record.uid}, not by {uid}")
+            self._drop(one)
+        return bool(gone)
+
+    def _drop(self, container: Container) -> None:
+        self._tell(container)
+        del self._known[container.leaf.id]
+        self._executor.memory.governor.release(container.leaf)
+        self._executor.latency.forget(container.leaf.id)
+        container.leaf.close()
+        with contextlib.suppress(OSError):
+            (self._directory / record_name(container.record.id, container.record.bundle)).unlink()
+
+    def _tell(self, container: Container) -> None:
+        reason = self._executor.memory.governor.killed(container.leaf)
+        if reason and not container.told:
+            container.told = True
+            _log.warning("container %s (policy %s) was killed: %s", container.record.id, container.policy.name, reason)
+
+    # ------------------------------------------------------------------ living
+
+    async def run(self) -> None:
+        """Take over what an earlier daemon or a hook without one left, then let go of what is gone, until cancelled."""
+        self._adopt_all()
+        try:
+            while True:
+                await trio.sleep(LOOK)
+                for container in list(self._known.values()):
+                    self._tell(container)
+                    if container.leaf.is_gone():
+                        self._drop(container)
+        finally:
+            # They go on without us, held to their limits; their records stay for the next daemon.
+            for container in self._known.values():
+                self._executor.memory.governor.release(container.leaf)
+                container.leaf.close()
+            self._known.clear()
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()  # if there is nothing to remember
+
+    def _adopt_all(self) -> None:
+        if not self._is_ours():
+            return
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=Record)
+                self._adopt(record)
+            except (AgentrunError, OSError, msgspec.MsgspecError) as error:
+                if isinstance(error, UsageError) and str(error).startswith("cgroup:"):
+                    path.unlink(missing_ok=True)  # it is gone, or another one has its place
+                else:
+                    _log.warning("%s: container not taken over: %s", path, error)
+
+    def _adopt(self, record: Record) -> None:
+        leaf = Foreign(record.cgroup, record.inode, record.id)
+        try:
+            self._check_owner(leaf, record.uid)
+            self._check_place(leaf, 0)
+            policy = self._executor.policies.find(record.policy)
+            container, _ = self._take(leaf, record, policy)
+        except BaseException:
+            leaf.close()
+            raise
+        # A daemon that was killed may have left it frozen, or with the memory it had been granted.
+        leaf.thaw()
+        if container.limits.memory_high is not None and "memory" in leaf.controllers:
+            with contextlib.suppress(HostError):
+                leaf.write({"memory.high": str(container.limits.memory_high)})
+
+    def _is_ours(self, *, make: bool = False) -> bool:
+        """The directory of records is there, and nobody else can put anything into it."""
+        try:
+            if make:
+                self._directory.mkdir(mode=0o700, exist_ok=True)
+            found = self._directory.lstat()
+        except OSError as error:
+            if make:
+                _log.warning("%s: %s; containers are forgotten when the daemon ends", self._directory, error.strerror)
+            return False
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+    def _save(self, record: Record) -> None:
+        if not self._is_ours(make=True):
+            return
+        path = self._directory / record_name(record.id, record.bundle)
+        temporary = path.with_suffix(".new")
+        try:
+            temporary.write_bytes(msgspec.json.encode(record))
+            temporary.replace(path)
+        except OSError as error:
+            _log.warning("%s: %s; the next daemon will not know of this container", path, error.strerror)
+
+    # ------------------------------------------------------------------ telling
+
+    def _of(self, uid: int) -> list[Container]:
+        return [one for one in self._known.values() if uid in (0, one.record.uid)]
+
+    def rows(self, uid: int) -> list[dict[str, Any]]:
+        """For ``agentrun ps``: those of a user; root sees all."""
+        governor, latency = self._executor.memory.governor, self._executor.latency
+        return [
+            {
+                "id": one.record.id, "tenant": one.record.tenant, "policy": one.policy.name, "cgroup": str(one.leaf.path),
+                "seconds": monotonic() - one.since, "since": time() - (monotonic() - one.since),
+                "unenforced": [{"limit": item.limit, "reason": item.reason} for item in one.unenforced], "notes": one.notes,
+                "killed": governor.killed(one.leaf) or None, "phases": latency.phases(one.leaf.id),
+            }
+            for one in self._of(uid)
+        ]  # fmt: skip
+
+    def usage(self, uid: int) -> list[dict[str, Any]]:
+        """For ``agentrun top``."""
+        rows = []
+        for one in self._of(uid):
+            memory = self._executor.memory.governor.row(one.leaf)
+            if memory is not None and not one.leaf.is_gone():
+                with contextlib.suppress(IndexError):  # it went just now
+                    name, tenant, policy = one.record.id, one.record.tenant, one.policy.name
+                    rows.append({"call": name, "tenant": tenant, "policy": policy, "argv": ["container", policy],
+                                 "seconds": monotonic() - one.since, **memory, **one.leaf.load()})  # fmt: skip
+        return rows
+
+
+def _cgroup_of(pid: int) -> str | None:
+    try:
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                return line[3:]
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OCI hook under crun, runc and podman on a kernel with all of cgroup v2: run in a guest by test_hook.py.
+
+    python -m tests.vm.run --ext4 6.1 -- .venv/bin/python -m tests.vm.guest_hook [NAME…]
+
+Real runtimes, the real hook as `agentrun setup oci` has it run, a real daemon with its programs in the kernel. Verdicts are
+printed as guest_limits.py does. Checks of ``WITH`` are run for each runtime with one daemon; those of ``BETWEEN`` see it end and
+another begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.containers import RUNTIMES, Container, hook_argv, make_rootfs
+from tests.hog import compile_hog
+from tests.support import BIN, Daemon, eventually
+from tests.vm.guest_limits import EXT4, MIB, MOUNT, verdict
+
+BUDGET = 64 * MIB
+POLICIES = {
+    "hook-kill": 'memory = { high = "64M", max = "512M", on_exhausted = "kill" }\npids.max = 77',
+    "hook-burst": 'memory = { high = "64M", max = "512M", burst = "256M", burst_seconds = 30 }',
+    "hook-steps": 'memory = { high = "64M", max = "512M", burst = "64M", burst_seconds = 0.2, on_exhausted = "throttle",'
+    " throttle_seconds = 1, freeze_seconds = 1 }",
+    "hook-easy": 'best_effort = true\nmemory = { high = "64M", max = "512M" }',
+}
+IDLE = ["/bin/busybox", "sleep", "1000"]
+
+Check = Callable[["Lab", str], str]
+WITH: dict[str, Check] = {}
+BETWEEN = ("static_limits_without_a_daemon", "the_next_daemon_takes_over", "podman_runs_it_by_annotation")
+
+
+def check(function: Check) -> Check:
+    WITH[function.__name__] = function
+    return function
+
+
+class Lab:
+    """A daemon, a root file system, and what has been seen."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        (directory / "daemon").mkdir()
+        self.rootfs = make_rootfs(directory / "rootfs", compile_hog(directory))
+        self.cache = directory / "policies.json"
+        self.hooks = hook_argv(str(directory / "daemon" / "s"), str(self.cache))
+        self.log = directory / "daemon" / "hook.log"
+        self._news = directory / "bursts"
+        self._number = 0
+        self.daemon: Daemon
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
+        self.daemon = Daemon(self.directory / "daemon", config="probes = true")
+        eventually(lambda: self.status()["memory"]["hook"], "programs in the kernel", 60)
+        with self._news.open("ab") as news:
+            command = [str(BIN / "agentrun-cli"), "bursts", "--json", "--socket", self.daemon.socket]
+            self._follower = subprocess.Popen(command, stdout=news, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(lambda: self._news.read_bytes().count(b"listening"), "bursts", 60)
+
+    def stop_daemon(self) -> None:
+        self.daemon.take_log()
+        self.daemon.stop()
+        self._follower.wait(20)
+        self._news.unlink()
+
+    def ask(self, op: str) -> Any:
+        return self.daemon.ask(op=op)["data"]  # type: ignore[no-untyped-call]
+
+    def status(self) -> Any:
+        return self.ask("status")
+
+    def listed(self, name: str) -> dict[str, Any] | None:
+        rows = self.ask("ps")["containers"]
+        return next((row for row in rows if row["id"] == name), None)
+
+    def news(self, name: str) -> list[dict[str, Any]]:
+        """What `agentrun bursts` has said of a container."""
+        lines = self._news.read_text().splitlines(keepends=True)
+        return [news for line in lines if line.endswith("\n") and (news := json.loads(line)).get("call") == name]
+
+    def rungs(self, name: str) -> list[str]:
+        return [news["rung"] for news in self.news(name) if news["event"] == "step"]
+
+    def make(
+        self, runtime: str, args: Sequence[str], memory: int = 0, words: Sequence[str] = (), **annotations: str
+    ) -> Container:
+        self._number += 1
+        name = f"{runtime}-{self._number}"
+        limit = {"limit": memory} if memory else {}
+        return Container(runtime, self.directory, name, self.rootfs, args, self.hooks, limit, words=words, **annotations)
+
+    def run(self, runtime: str, args: Sequence[str], memory: int = 0, **annotations: str) -> Container:
+        """Created and started, or an error."""
+        container = self.make(runtime, args, memory, **annotations)
+        for verb in (container.create, container.start):
+            done = verb()
+            assert done.returncode == 0, (done, self.said())
+        return container
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def remove(self, container: Container, cgroup: Path | None = None) -> None:
+        """Delete it; nothing may be left, of it or of what we knew of it."""
+        done = container.delete()
+        assert done.returncode == 0, done
+        assert self.listed(container.name) is None
+        assert not list((self.directory / "daemon").glob(f"s.containers/{container.name}-*"))
+        assert cgroup is None or not cgroup.exists(), cgroup
+
+
+def flat(cgroup: Path, *names: str) -> list[str]:
+    return [(cgroup / name).read_text().strip() for name in names]
+
+
+@check
+def limits_are_in_force_before_it_starts(lab: Lab, runtime: str) -> str:
+    container = lab.make(runtime, IDLE, policy="hook-kill")
+    done = container.create()
+    assert done.returncode == 0, (done, lab.said())
+    cgroup = container.cgroup(MOUNT)
+    found = flat(cgroup, "memory.high", "memory.max", "memory.swap.max", "pids.max", "memory.oom.group")
+    row = lab.listed(container.name)
+    assert found == [str(BUDGET), str(512 * MIB), "0", "77", "1"], found
+    assert row is not None
+    assert (row["policy"], row["cgroup"], row["unenforced"], row["notes"]) == ("hook-kill", str(cgroup), [], []), row
+    assert container.start().returncode == 0
+    (top,) = [row for row in lab.ask("top")["containers"] if row["call"] == container.name]
+    assert (top["high"], top["max"], top["rung"]) == (BUDGET, 512 * MIB, "within"), top
+    lab.remove(container, cgroup)
+    return f"{cgroup}: {found}"
+
+
+@check
+def a_hog_is_killed_at_its_budget(lab: Lab, runtime: str) -> str:
+    container = lab.run(runtime, ["/bin/hog", "anon", "256"], policy="hook-kill")
+    eventually(lambda: not container.is_running(), "the end of the hog")
+    eventually(lambda: "killed" in lab.rungs(container.name), "news of it")
+    row = lab.listed(container.name)
+    cgroup = next(path for path in (MOUNT / container.name,) if path.exists())
+    events = dict(line.split() for line in (cgroup / "memory.events").read_text().splitlines())
+    over = int((cgroup / "memory.peak").read_text()) - BUDGET if (cgroup / "memory.peak").exists() else None
+    assert row is not None
+    assert row["killed"], row
+    assert events["oom_kill"] == "0", events  # it was not the kernel's limit
+    assert over is None or over <= 5 * MIB, over
+    lab.remove(container, cgroup)
+    reaction = [news["reaction"] for news in lab.news(container.name) if news.get("rung") == "killed"]
+    return (
+        f"{'' if over is None else f'+{over / MIB:.2f} MB, '}{lab.rungs(container.name)}, reaction {reaction} s, {row['killed']}"
+    )
+
+
+@check
+def a_burst_within_its_allowance_is_granted(lab: Lab, runtime: str) -> str:
+    container = lab.run(runtime, ["/bin/hog", "anon", "128"], policy="hook-burst")
+    eventually(lambda: not container.is_running(), "the end of the hog", 60)
+    rungs = lab.rungs(container.name)
+    assert "granted" in rungs, (rungs, lab.news(container.name))
+    assert not {"throttled", "frozen", "killed"} & set(rungs), rungs
+    assert container.output.read_text().startswith("done anon"), container.output.read_text()
+    lab.remove(container)
+    return f"{rungs}, {container.output.read_text().strip()}"
+
+
+@check
+def every_rung_is_reached_and_bounded(lab: Lab, runtime: str) -> str:
+    began = time.monotonic()
+    container = lab.run(runtime, ["/bin/hog", "anon", "256"], policy="hook-steps")
+    eventually(lambda: "killed" in lab.rungs(container.name), "the end of the ladder", 40)
+    assert lab.rungs(container.name) == ["granted", "throttled", "frozen", "killed"], lab.news(container.name)
+    eventually(lambda: not container.is_running(), "the end of the hog")
+    lab.remove(container)
+    return f"{lab.rungs(container.name)} in {time.monotonic() - began:.1f} s"
+
+
+@check
+def set_up_is_recorded(lab: Lab, runtime: str) -> str:
+    """In `agentrun lat`, once it is gone, and while it lives in `agentrun ps --json`."""
+    container = lab.run(runtime, ["/bin/busybox", "sh", "-c", "echo hello; sleep 1000"], policy="hook-easy")
+    eventually(lambda: container.output.read_text() == "hello\n", "its word")
+    row = lab.listed(container.name)
+    assert row is not None
+    seen = {phase: value for phase, value in row["phases"].items() if value is not None}
+    assert {"mounts", "pivot_root", "exec", "first_syscall", "first_write"} <= seen.keys(), seen
+    lab.remove(container)
+    report = lab.ask("latency")
+    found = {one["phase"]: one["count"] for one in report["histograms"] if one["shape"] == "container/hook-easy"}
+    assert found.get("teardown"), report
+    assert found["exec"] == found["teardown"], found
+    return ", ".join(f"{phase} {value * 1e3:.1f} ms" for phase, value in seen.items())
+
+
+@check
+def an_engines_tighter_limit_stays(lab: Lab, runtime: str) -> str:
+    container = lab.run(runtime, IDLE, 32 * MIB, policy="hook-burst")
+    cgroup = container.cgroup(MOUNT)
+    row = lab.listed(container.name)
+    assert flat(cgroup, "memory.max") == [str(32 * MIB)]
+    assert row is not None
+    lab.remove(container, cgroup)
+    return str(row["notes"])
+
+
+@check
+def failures_are_as_the_policy_says(lab: Lab, runtime: str) -> str:
+    """Closed, unless the policy or the container says open: then it runs, and a line says what is not enforced."""
+    said = []
+    closed = lab.make(runtime, IDLE, policy="no-such")
+    done = closed.create()
+    assert done.returncode != 0, done
+    assert f'{closed.name}: not started: policy no-such is not enforced: policy: there is no policy "no-such"' in lab.said()
+    assert runtime != "runc" or "there is no policy" in done.stderr, done  # crun shows no hook's standard error
+    said.append(done.stderr.strip().splitlines()[-1][-120:])
+    closed.delete()
+    opened = lab.run(runtime, IDLE, policy="no-such", fail="open")
+    assert opened.is_running()
+    assert f'{opened.name}: policy no-such is not enforced: policy: there is no policy "no-such"' in lab.said()
+    lab.remove(opened)
+    return " | ".join(said)
+
+
+@check
+def a_container_in_its_runtimes_own_cgroup_is_not_limited_with_it(lab: Lab, runtime: str) -> str:
+    """Limits would be those of whoever started it."""
+    if runtime != "crun":
+        return "only crun runs containers without a cgroup"
+    said = []
+    for fail in ("closed", "open"):
+        words = ["--cgroup-manager=disabled"]
+        container = lab.make(runtime, IDLE, words=words, policy="hook-kill", fail=fail)
+        done = container.create()
+        assert (done.returncode == 0) is (fail == "open"), done
+        (line,) = [line for line in lab.said().splitlines() if container.name in line]
+        assert "no cgroup2 cgroup of its own" in line, line
+        said.append(line)
+        container.delete()
+    return " | ".join(said)
+
+
+@check
+def what_vanishes_without_a_word_is_dropped(lab: Lab, runtime: str) -> str:
+    """Its runtime died, say: no poststop hook."""
+    container = lab.run(runtime, IDLE, policy="hook-kill")
+    cgroup = container.cgroup(MOUNT)
+    assert lab.listed(container.name)
+    os.kill(container.pid, signal.SIGKILL)
+
+    def removed() -> bool:
+        try:
+            cgroup.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    eventually(removed, "an empty cgroup")
+    began = time.monotonic()
+    eventually(lambda: lab.listed(container.name) is None, "that it is noticed", 5)
+    took = time.monotonic() - began
+    container.delete()
+    return f"after {took:.1f} s"
+
+
+def static_limits_without_a_daemon(lab: Lab, runtime: str) -> tuple[str, Container]:
+    container = lab.run(runtime, IDLE, policy="hook-kill")
+    cgroup = container.cgroup(MOUNT)
+    assert flat(cgroup, "memory.high", "memory.max", "pids.max") == [str(BUDGET), str(512 * MIB), "77"]
+    said = [line for line in lab.said().splitlines() if container.name in line]
+    assert len(said) == 1, said
+    assert "no daemon at" in said[0], said
+    assert "the static limits of policy hook-kill are in force" in said[0], said
+    refused = lab.make(runtime, IDLE, policy="hook-kill", daemon="required")
+    assert refused.create().returncode != 0
+    assert f"{refused.name}: not started: policy hook-kill is not enforced: no daemon at" in lab.said()
+    refused.delete()
+    return said[0], container
+
+
+def exec_hog(container: Container) -> None:
+    container.call("exec", container.name, "/bin/hog", "anon", "256", timeout=60)
+
+
+def the_next_daemon_takes_over(lab: Lab, containers: Sequence[Container]) -> str:
+    """What the last one held, and what a hook without one left: listed, and held to its budget."""
+    said = []
+    for container in containers:
+        row = lab.listed(container.name)
+        assert row is not None, (container.name, lab.daemon.log())
+        exec_hog(container)
+        eventually(lambda: not container.is_running(), "the end of the hog")  # noqa: B023
+        eventually(lambda: "killed" in lab.rungs(container.name), "news of it")  # noqa: B023
+        said.append(f"{container.name} {lab.rungs(container.name)}")
+        lab.remove(container)
+    return ", ".join(said)
+
+
+def podman_runs_it_by_annotation(lab: Lab) -> str:
+    """As it is installed: a file of hooks.d, an annotation on the command line, containers of any runtime podman has."""
+    subprocess.run([BIN / "agentrun", "setup", "oci", "--engine", "podman", "--runtime", "/usr/bin/crun", "--socket",
+                    lab.daemon.socket], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    argv = [
+        "podman", "--root", str(lab.directory / "storage"), "--runroot", str(lab.directory / "run"), "--storage-driver", "vfs",
+        "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "crun", "--hooks-dir",
+        "/etc/containers/oci/hooks.d", "run", "--rm", "--network", "none", "--name", "podded", "--log-driver", "none",
+        "--annotation", "io.agentrun.policy=hook-kill", "--rootfs", str(lab.rootfs),
+    ]  # fmt: skip
+    command = "cat /proc/self/cgroup; exec hog anon 256"
+    done = subprocess.run([*argv, "/bin/busybox", "sh", "-c", command], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 137, done
+    ids = {news["call"] for news in map(json.loads, lab._news.read_text().splitlines()) if len(news.get("call", "")) == 64}
+    assert len(ids) == 1, ids
+    assert lab.rungs(ids.pop())[-1] == "killed"
+    assert not lab.ask("ps")["containers"]
+    return f"{done.stdout.strip()}; {done.stderr.strip()}"
+
+
+def main(names: Sequence[str]) -> None:
+    policies = Path("/etc/agentrun/policies")
+    policies.mkdir(parents=True, exist_ok=True)
+    for name, text in POLICIES.items():
+        (policies / f"{name}.toml").write_text(f'name = "{name}"\ndescription = "For the hook."\n{text}\n')
+    began = time.monotonic()
+    lab = Lab(EXT4 / "hook")
+    print(f"ready after {time.monotonic() - began:.1f} s", file=sys.stderr)
+    for runtime in RUNTIMES:
+        for name, function in WITH.items():
+            if not names or name in names:
+                with verdict(f"{runtime}: {name}") as details:
+                    details.append(function(lab, runtime))
+    if names and not set(names) & set(BETWEEN):
+        return
+    kept = lab.run("crun", IDLE, policy="hook-kill")
+    lab.stop_daemon()
+    left = [kept]
+    for runtime in RUNTIMES:
+        with verdict(f"{runtime}: static_limits_without_a_daemon") as details:
+            said, container = static_limits_without_a_daemon(lab, runtime)
+            details.append(said)
+            left.append(container)
+    lab.start_daemon()
+    with verdict("the_next_daemon_takes_over") as details:
+        details.append(the_next_daemon_takes_over(lab, left))
+    with verdict("podman_runs_it_by_annotation") as details:
+        details.append(podman_runs_it_by_annotation(lab))
+    lab.stop_daemon()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
