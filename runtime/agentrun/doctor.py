@@ -7,6 +7,7 @@ import resource
 import socket
 import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from time import monotonic
 from typing import Literal
 
@@ -18,6 +19,10 @@ from agentrun.burst.control import Control
 from agentrun.burst.ladder import Mode
 from agentrun.cgroup.tree import CONTROLLERS, Tree, find_base
 from agentrun.errors import AgentrunError, HostError
+from agentrun.image.shelf import default_root
+from agentrun.imageroot import Owners
+from agentrun.imageview import clone_layers
+from agentrun.overlay import mount_overlay, wants_attached
 from agentrun.policy import DEFAULT
 from agentrun.shape import ID_RANGE, plan_shape, shape_of
 from agentrun.slot import build_slot
@@ -131,6 +136,7 @@ async def _sandbox() -> AsyncIterator[Finding]:
                 for finding in [await _clone(zygote, tree, use_clone3) for use_clone3 in (True, False)]:
                     yield finding
                 yield await _idmap(zygote)
+                yield await _overlay(zygote)
             finally:
                 zygote.close()
                 nursery.cancel_scope.cancel()
@@ -168,6 +174,30 @@ async def _idmap(zygote: Zygote) -> Finding:
         finally:
             os.close(fd)
     return Finding("writable workspaces", "works", f"owners are mapped, tried below {tempfile.gettempdir()}")
+
+
+async def _overlay(zygote: Zygote) -> Finding:
+    """An overlay of two layers with mapped owners, where images are."""
+    feature, where = "images", default_root()
+    while not where.exists():
+        where = where.parent
+    userns = await zygote.userns(Owners(_ID_BASE, 0, 0).maps())
+    with tempfile.TemporaryDirectory(prefix="agentrun-doctor-", dir=where) as path:
+        layers = [Path(path, name) for name in ("lower", "upper")]
+        mounts: list[int] = []
+        for layer in layers:
+            layer.mkdir()
+        try:
+            mounts += clone_layers(layers, userns)
+            mounts.append(mount_overlay(mounts))
+        except OSError as error:
+            fix = "Linux 5.19, and a store on ext4, xfs or btrfs (AGENTRUN_IMAGES)"
+            return Finding(feature, "degraded", f"owners are not mapped, {error.filename}: {error.strerror}; no sessions", fix)
+        finally:
+            for fd in mounts:
+                os.close(fd)
+    detail = f"layers are shared, their owners mapped, tried below {where}"
+    return Finding(feature, "works", detail + ("; attached for a moment (before Linux 6.15)" if wants_attached() else ""))
 
 
 def _landlock() -> Finding:

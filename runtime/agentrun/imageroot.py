@@ -98,9 +98,13 @@ def open_image_root(
         with view(layers) as image:
             ours = _build_layer(root, image, ids, etc, owners, tops, points)
         clones.append(ours)
-        clones += clone_layers(layers, userns)
-        flags = sc.MOUNT_ATTR_NOSUID
-        root.fds.insert(0, mount_overlay(clones, upper=upper, flags=flags))
+        try:
+            root.fds.insert(0, _mount(clones, layers, userns, upper))
+        except OSError as error:
+            if root.whole or error.errno not in sc.CANNOT_MAP_OWNERS:
+                raise
+            # Before Linux 5.19, or on a file system that cannot map owners: they are nobody's; what only root may read stays so.
+            root.fds.insert(0, _mount(clones, layers, -1, upper))
         root.moves = [(index + 1, path) for index, path in root.moves]
     except OSError as error:
         root.close()
@@ -113,6 +117,16 @@ def open_image_root(
         for fd in clones:
             os.close(fd)
     return root
+
+
+def _mount(above: Sequence[int], layers: Sequence[Path], userns: int, upper: int) -> int:
+    clones: list[int] = []
+    try:
+        clones += clone_layers(layers, userns)
+        return mount_overlay([*above, *clones], upper=upper, flags=sc.MOUNT_ATTR_NOSUID)
+    finally:
+        for fd in clones:
+            os.close(fd)
 
 
 def _build_layer(

@@ -45,6 +45,11 @@ def mount_overlay(lowers: Sequence[int], *, upper: int = -1, flags: int = sc.MOU
     return mount
 
 
+def wants_attached() -> bool:
+    """Whether this kernel was found to want layers attached."""
+    return _attached_only
+
+
 def _mount_detached(lowers: Sequence[int], upper: int, flags: int) -> int:
     options = [*_OPTIONS.items(), *(("lowerdir+", f"/proc/self/fd/{fd}") for fd in lowers)]
     if upper >= 0:
