@@ -15,8 +15,11 @@ from agentrun_shim import plan
 
 DIRECTORY = Path(__file__).parent / "_native"
 SOURCES = {
-    "agentrun-slot": ("zygote.c", "plan.c", "template.c", "init.c", "runner.c", "rights.c", "landlock.c", "start.c"),
+    "agentrun-slot": (
+        *("zygote.c", "plan.c", "template.c", "init.c", "runner.c", "rights.c", "landlock.c", "shared.c", "start.c"),
+    ),
     "agentrun": ("client*.c", "start.c"),
+    "agentrun-oci": ("oci_*.c", "shared.c", "rights.c", "start.c"),
 }
 CFLAGS = (
     *("-std=c11", "-Os", "-Wall", "-Wextra", "-Werror"),

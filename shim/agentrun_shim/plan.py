@@ -28,6 +28,8 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from agentrun_shim import container_plan
+
 MAGIC = 0x4C505241  # "ARPL"
 VERSION = 1
 MAX_MESSAGE = 65536
@@ -46,6 +48,7 @@ class Kind(enum.IntEnum):
     USERNS = 3
     RUN = 4
     ATTACH = 5
+    CONTAINER = 6  # see container_plan
     DONE = 16
     READY = 17
     STARTED = 18
@@ -294,6 +297,7 @@ def c_header() -> str:
     lines.append("static const struct { uint8_t type, strings; } op_strings[] = {")
     lines += [f"    {{{op.value}, {STRINGS.get(op, 0)}}}," for op in Op]
     lines.append("};")
+    lines += container_plan.c_header()
     for name, fields in STRUCTS.items():
         lines.append(f"struct {name} {{ {' '.join(f'{kind} {field};' for field, kind in fields)} }};")
         lines.append(f'_Static_assert(sizeof(struct {name}) == {_STRUCT[name].size}, "{name}");')

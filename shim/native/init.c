@@ -9,16 +9,7 @@
 #include <linux/sched.h>
 #include <linux/poll.h>
 
-enum { SIGCHLD_ = 17, AF_INET_ = 2, SOCK_DGRAM_ = 2, SIOCSIFFLAGS_ = 0x8914, IFF_UP_ = 1, IFF_RUNNING_ = 64 };
-
-static long loopback_up(void) {
-    struct { char name[16]; short flags; char pad[22]; } request = {"lo", IFF_UP_ | IFF_RUNNING_, {0}};
-    long sock = SYS3(__NR_socket, AF_INET_, SOCK_DGRAM_ | SOCK_CLOEXEC_, 0);
-    if (sock < 0) return sock;
-    long err = sys_ioctl((int)sock, SIOCSIFFLAGS_, &request);
-    sys_close((int)sock);
-    return err;
-}
+enum { SIGCHLD_ = 17 };
 
 static long make_dir(const struct plan_op *op, const char *path) {
     long err = SYS2(__NR_mkdir, path, 0700);

@@ -36,14 +36,6 @@ static uint64_t limit_value(uint32_t number, uint32_t unit) {
     return number == UINT32_MAX ? UINT64_MAX : (uint64_t)number * (unit ? unit : 1);
 }
 
-static long become(const struct plan_op *op) {
-    uint32_t uid = op->a, gid = op->b;
-    long err;
-    if ((err = SYS2(__NR_setgroups, op->c, op_text(op))) < 0) return err;
-    if ((err = SYS3(__NR_setresgid, gid, gid, gid)) < 0) return err;
-    return SYS3(__NR_setresuid, uid, uid, uid);
-}
-
 // With op->b, refused calls go to a listener, whose descriptor this returns; else 0.
 static long load_filter(const struct plan_op *op) {
     struct sock_fprog program = {(unsigned short)op->a, (struct sock_filter *)(uintptr_t)op_text(op)};
@@ -66,7 +58,7 @@ static int enter(const struct shape *shape) {
     const struct plan_op *filter_op = NULL;
     for (uint32_t i = 0; i < shape->nops; i++, op = op_next(op)) {
         if (op->type == OP_RLIMIT && (err = set_rlimit(op->a, limit_value(op->b, op->d), limit_value(op->c, op->d))) < 0) fail(STEP_RLIMITS, err, i);
-        if (op->type == OP_IDS && (err = become(op)) < 0) fail(STEP_IDENTITY, err, i);
+        if (op->type == OP_IDS && (err = ids_become(op)) < 0) fail(STEP_IDENTITY, err, i);
         if ((op->type == OP_LANDLOCK || op->type == OP_WRITABLE) && (err = landlock_prepare(op)) < 0) fail(STEP_LANDLOCK, err, i);
         if (op->type == OP_FILTER) filter_op = op, filter = i;
     }
@@ -154,33 +146,6 @@ static void terminal(int console) {
     sys_close((int)slave);
 }
 
-static const char *env_get(char **envp, const char *name) {
-    size_t n = str_len(name);
-    for (; *envp; envp++)
-        if (memcmp(*envp, name, n) == 0 && (*envp)[n] == '=') return *envp + n + 1;
-    return NULL;
-}
-
-// execvpe(3) without the shell fallback: a name without a slash is looked up on the tool's own PATH, EACCES is
-// remembered, and what could not be executed is reported with the errno that matters.
-static long execute(struct run *run) {
-    const char *name = run->argv[0], *path = env_get(run->envp, "PATH");
-    long err = -ENOENT, seen = -ENOENT;
-    if (!*name) return -ENOENT;
-    if (str_chr(name, '/')) return sys_execve(name, run->argv, run->envp);
-    for (const char *p = path ? path : "/usr/bin:/bin"; ; p++) {
-        char full[4096], *q = full;
-        const char *end = full + sizeof full;
-        for (; *p && *p != ':'; p++)
-            if (q < end - 1) *q++ = *p;
-        q = str_add(str_add(q, end, q == full ? "./" : "/"), end, name);
-        err = q < end - 1 ? sys_execve(full, run->argv, run->envp) : -ENOENT;  // longer than any path can be
-        if (err == -EACCES) seen = err;
-        else if (err != -ENOENT && err != -ENOTDIR) return err;
-        if (!*p) return seen;
-    }
-}
-
 void runner_main(const struct shape *shape, int pair, int control, int init_pidfd) {
     struct plan_event made = {0};
     struct run run = {0};
@@ -213,5 +178,5 @@ void runner_main(const struct shape *shape, int pair, int control, int init_pidf
             if ((err = sys_dup3(run.fds[i], i, 0)) < 0) fail(STEP_STDIO, err, 0);
     sys_close_range(FD_RULES, ~0u);
     report(KIND_STARTED, STEP_NONE, 0, 0);
-    fail(STEP_EXEC, execute(&run), 0);
+    fail(STEP_EXEC, exec_path(run.argv, run.envp), 0);
 }

@@ -38,6 +38,13 @@ __attribute__((noreturn)) void init_main(const struct shape *shape, int pair);
 // runner.c
 __attribute__((noreturn)) void runner_main(const struct shape *shape, int pair, int control, int init_pidfd);
 
+// shared.c
+long spawn(uint64_t flags, int leaf, uint32_t *how, int *pidfd, long *err);
+long loopback_up(void);
+long ids_become(const struct plan_op *op);
+const char *env_get(char *const *envp, const char *name);
+long exec_path(char *const *argv, char *const *envp);
+
 // landlock.c
 long landlock_prepare(const struct plan_op *op);
 long landlock_enter(const char *workspace);

@@ -20,31 +20,6 @@ static void answer(const struct failure *why, int init, int runner, uint32_t fla
     if (send_fds(FD_CONTROL, &msg, sizeof msg, fds, nfds) < 0) sys_exit(1);  // nobody is left to work for
 }
 
-// fork with flags, into a leaf, as a child of the daemon. Where clone3 is refused (a container's seccomp profile
-// answers ENOSYS), plain clone and a write to cgroup.procs: slower, and the child waits for its go, so it is never
-// unaccounted while it runs. Returns its pid, 0 in the child, or -errno; a child that could not be put into the leaf is
-// killed, and *err says why. Without a child *pidfd is -1, whatever the kernel had stored there before it failed.
-static long spawn(uint64_t flags, int leaf, uint32_t *how, int *pidfd, long *err) {
-    struct clone_args args = {.flags = flags | CLONE_PARENT | CLONE_PIDFD, .pidfd = (uintptr_t)pidfd};
-    if (leaf >= 0) args.flags |= CLONE_INTO_CGROUP, args.cgroup = (uint64_t)leaf;
-    if (!(*how & SLOT_NO_CLONE3)) {
-        long pid = SYS2(__NR_clone3, &args, sizeof args);
-        if (pid < 0) *pidfd = -1;
-        if (pid != -ENOSYS) return *err = pid;
-        *how |= SLOT_NO_CLONE3;
-    }
-    long pid = *err = SYS5(__NR_clone, flags | CLONE_PARENT | CLONE_PIDFD, 0, pidfd, NULL, 0);
-    if (pid < 0) *pidfd = -1;
-    if (pid <= 0 || leaf < 0) return pid;
-    char text[24];
-    char *end = str_add_u64(text, text + sizeof text, (uint64_t)pid);
-    long fd = sys_openat(leaf, "cgroup.procs", O_WRONLY | O_CLOEXEC, 0);
-    *err = fd < 0 ? fd : sys_write((int)fd, text, (size_t)(end - text));
-    if (fd >= 0) sys_close((int)fd);
-    if (*err < 0) SYS4(__NR_pidfd_send_signal, *pidfd, SIGKILL_, NULL, 0);
-    return pid;
-}
-
 static bool maps_valid(size_t len, const struct plan_slot **slot, const struct plan_map **maps) {
     *slot = (const void *)(message + sizeof(struct plan_header));
     *maps = (const void *)(*slot + 1);

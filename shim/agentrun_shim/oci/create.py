@@ -1,0 +1,204 @@
+"""create and run: from a bundle to a process that waits for `start`, with everything noted that its removal needs.
+
+The record is written before what it names is made, so that `delete --force` can remove whatever a killed `create` left. The
+process itself ends when its creator does, until it has been told that all is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from agentrun_shim import container_plan as cp
+from agentrun_shim.oci import cgroup, hooks, resources, seccomp, state
+from agentrun_shim.oci.build import Request, container_plan
+from agentrun_shim.oci.config import Linux, absolute, load
+from agentrun_shim.oci.errors import OciError, strerror
+from agentrun_shim.oci.jsontext import dumps
+from agentrun_shim.oci.launch import Launch, native, serve_maps
+from agentrun_shim.oci.log import Log
+from agentrun_shim.oci.options import Options
+from agentrun_shim.oci.process import Process, set_rlimits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Context:
+    """What every verb is given: where containers are, where errors go, and which cgroup manager was asked for."""
+
+    def __init__(self, root: str, log: Log, *, manager: str, rootless: bool) -> None:
+        self.root, self.log, self.manager, self.rootless = root, log, manager, rootless
+
+
+def create(context: Context, options: Options, name: str, *, waits: bool = True) -> int:
+    """Make a container; returns the pid of its first process, which is a child of ours.
+
+    Raises:
+        OciError: it could not be made, and nothing of it is left.
+    """
+    bundle = os.path.abspath(options.get("bundle") or ".")
+    config = load(absolute(options.get("config") or "config.json", bundle))
+    console = options.get("console-socket")
+    pid_file = options.get("pid-file")
+    pid_file = os.path.abspath(pid_file) if pid_file else None
+    keep, listen_env = preserved(options.number("preserve-fds"))
+    for stage in hooks.STAGES:
+        hooks.of(config, stage)
+    linux, process = Linux(config), Process(config["process"], extra_env=listen_env)
+    filters = seccomp.compile_filter(linux.config["seccomp"], context.root, context.log) if linux.config.get("seccomp") else None
+    leaf = ""
+    if context.manager == "systemd" and linux.config.get("cgroupsPath", "").count(":") == 2:
+        raise OciError("--systemd-cgroup: cgroups made by systemd are not supported yet (use the cgroupfs manager)")
+    if context.manager != "disabled":
+        leaf = cgroup.place(linux.config.get("cgroupsPath") or "", name, rootless=context.rootless)
+    request = Request(
+        bundle, console=os.path.abspath(console) if console else None, no_pivot="no-pivot" in options,
+        no_keyring="no-new-keyring" in options, waits=waits,
+    )  # fmt: skip
+
+    container = state.Container(context.root, name, new=True)
+    launch = None
+    try:
+        plan = container_plan(
+            config, linux, process, request, name=name, leaf=leaf, privileged=not context.rootless, filters=filters,
+            log=context.log, host_rules=not context.rootless,
+        )  # fmt: skip
+        _note(container, config, bundle, leaf, process, filters)
+        if leaf:
+            cgroup.make(f"{leaf}/{cgroup.INIT}")
+            files = resources.to_files(linux.config.get("resources") or {})
+            cgroup.apply(leaf, files, best_effort=linux.best_effort, log=context.log)
+        os.chdir(container.path)
+        launch = Launch(plan, process.args[0], keep)
+        pid = launch.born()
+        if "user" in linux.new:
+            from agentrun_shim.oci.userns import write_maps
+
+            serve_maps(launch, lambda pid: write_maps(pid, linux.users, linux.groups))
+        if "STATE" in plan.names:
+            launch.expect(cp.READY)
+            told = container.state("created", pid)
+            hooks.run(config, "prestart", told)
+            hooks.run(config, "createRuntime", told)
+            launch.send_state(agent_state(config, told, pid) if filters and filters[2] else told)
+        launch.expect(cp.PARKED)
+        set_rlimits(pid, process)
+        pid_out(pid, pid_file, options.get("pidfd-socket"))
+        container.save(pid=pid, started=state.start_time(pid))
+        launch.send(b"c")
+        launch.close()
+    except BaseException:
+        if launch is not None:
+            launch.kill()
+        _undo(context, container)
+        raise
+    container.close()
+    return pid
+
+
+def _note(
+    container: state.Container, config: dict[str, Any], bundle: str, leaf: str, process: Process,
+    filters: tuple[bytes, int, bool] | None,
+) -> None:  # fmt: skip
+    """Everything that others need to know of it, before any of it is there."""
+    now = time.time()
+    head = {
+        "ociVersion": config["ociVersion"], "id": container.name, "bundle": bundle,
+        "rootfs": absolute(config["root"]["path"], bundle),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e9):09d}Z", "owner": "",
+        "annotations": config.get("annotations") or {},
+    }  # fmt: skip
+    container.write("head", dumps(head)[:-1].encode())
+    container.write("config.json", dumps(config).encode())
+    if filters:
+        container.write("filter", filters[1].to_bytes(4, "little") + filters[0])
+    if leaf:
+        missing = cgroup.first_missing(leaf)
+        container.record.update({"cgroup": leaf, "made": missing})
+    for stage in ("poststart", "poststop"):
+        if hooks.of(config, stage):
+            container.record[stage] = ""
+    container.save(exec=process.args[0].replace("\n", " "))
+
+
+def agent_state(config: dict[str, Any], told: str, pid: int) -> str:
+    """ContainerProcessState, config-linux.md "seccomp": what an agent is told about the listener it gets."""
+    version, metadata = dumps(config["ociVersion"]), dumps(config["linux"]["seccomp"].get("listenerMetadata") or "")
+    return f'{{"ociVersion":{version},"fds":["seccompFd"],"pid":{pid},"metadata":{metadata},"state":{told}}}'
+
+
+def _undo(context: Context, container: state.Container) -> None:
+    """Remove what there is of it: `delete --force` knows how. Its words are not the reason, so they are not said."""
+    container.close()
+    os.chdir("/")
+    native(["--root", context.root, "delete", "--force", container.name])
+
+
+def pid_out(pid: int, path: str | None, pidfd_socket: str | None) -> None:
+    """--pid-file, whole or not at all, and --pidfd-socket."""
+    if path:
+        scratch = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}"
+        try:
+            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            os.write(fd, str(pid).encode())
+            os.close(fd)
+            os.rename(scratch, path)
+        except OSError as error:
+            raise OciError(f"--pid-file {path}: {strerror(error)}") from None
+    if pidfd_socket:
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as peer:
+            try:
+                peer.connect(pidfd_socket)
+                pidfd = os.pidfd_open(pid)
+                socket.send_fds(peer, [b"pidfd"], [pidfd])
+                os.close(pidfd)
+            except OSError as error:
+                raise OciError(f"--pidfd-socket {pidfd_socket}: {strerror(error)}") from None
+
+
+def preserved(count: int) -> tuple[int, list[str]]:
+    """How many descriptors from 3 on are the program's, and what it is told about those of socket activation.
+
+    Raises:
+        OciError: one of them is not open.
+    """
+    env: list[str] = []
+    try:
+        listening = int(os.environ.get("LISTEN_FDS", "0") or 0)
+    except ValueError:
+        listening = 0
+    if listening > 0:
+        count += listening
+        env = [f"LISTEN_FDS={listening}", "LISTEN_PID=1"]
+        if names := os.environ.get("LISTEN_FDNAMES"):
+            env.append(f"LISTEN_FDNAMES={names}")
+    for fd in range(3, 3 + count):
+        try:
+            os.set_inheritable(fd, True)
+        except OSError as error:
+            raise OciError(f"--preserve-fds: descriptor {fd}: {strerror(error)}") from None
+    return count, env
+
+
+def run(context: Context, options: Options, name: str) -> int:
+    """create, start and, unless detached, wait and delete; returns the program's exit status."""
+    pid = create(context, options, name)
+    front = ["--root", context.root]
+    if context.log.path:
+        front += ["--log", context.log.path, "--log-format", "json" if context.log.json else "text"]
+    started = native([*front, "start", name])
+    if started:
+        native([*front, "delete", "--force", name])
+        return 1
+    if "detach" in options:
+        return 0
+    from agentrun_shim.oci.foreground import wait_for
+
+    code = wait_for(pid)
+    if "keep" not in options:
+        native([*front, "delete", "--force", name])
+    return code
