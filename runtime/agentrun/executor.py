@@ -378,7 +378,11 @@ class Executor:
             raise UsageError(f"policy: {found!r} is neither a name nor a Policy")
         if image is not None:
             found = self._images.choose(found, image, session)
-        return found if found.fs.image == HOST else self._images.pin(found)
+        if found.fs.image != HOST:
+            return self._images.pin(found)
+        if found.fs.root != "ro" and not session:
+            raise UsageError(f"policy {found.name}: fs.root: the host's root is read-only; name an image")
+        return found
 
     @property
     def sessions(self) -> Sessions:

@@ -157,7 +157,8 @@ class Fleet:
     async def _clone(
         self, shape: Shape, base: int, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]
     ) -> Slot:
-        zygote = await self._zygotes.find(shape, base)
+        alone = shape.fs.root == "scratch" and not shape.fs.session
+        zygote = await (self._zygotes.single if alone else self._zygotes.find)(shape, base)
         lease = zygote.lease and zygote.lease.share()
         try:
             slot = await build_slot(zygote, self._tree, tenant, name, files, maps)
@@ -165,6 +166,9 @@ class Fleet:
             if lease is not None:
                 lease.close()
             raise
+        finally:
+            if alone:
+                zygote.close()
         if lease is not None:
             slot.held.append(lease.close)
         return slot

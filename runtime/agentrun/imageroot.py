@@ -13,9 +13,10 @@ that its network needs. The image's layers are shared by everybody, their page c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def open_image_root(
     etc: Mapping[str, bytes],
     owners: Owners,
     userns: int,
-    tops: Iterable[str],
+    tops: Collection[str],
     points: Mapping[str, bool],
     upper: int = -1,
     frozen: Sequence[Path] = (),
@@ -82,7 +83,7 @@ def open_image_root(
         etc: files laid over those of /etc.
         owners: the tenant's ids for the image's.
         userns: a user namespace with the maps of ``owners``.
-        tops: directories in the host's root: where workspaces may be.
+        tops: directories in the host's root: where workspaces may be. None: nothing is the call's own, all of the root stays.
         points: paths to attach something at, and whether it is a directory.
         upper: a mount with the directories ``upper`` and ``work``, for a root that can be written to; -1: none.
         frozen: what was written to such a root before, lowest first.
@@ -119,6 +120,26 @@ def open_image_root(
     return root
 
 
+@contextlib.contextmanager
+def scratch_upper(size: int, owners: Owners) -> Iterator[int]:
+    """The ``upper`` of a root that is gone with its sandbox: a tmpfs of so many bytes, for the length of a block.
+
+    Raises:
+        HostError: it cannot be made.
+    """
+    try:
+        upper = sc.new_filesystem("tmpfs", {"size": str(size), "mode": "700"}, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    except OSError as error:
+        raise HostError(f"making a scratch root: {error.filename}: {error.strerror}") from error
+    try:
+        for name in ("upper", "work"):
+            os.mkdir(name, 0o755, dir_fd=upper)
+        os.chown("upper", owners.uid(0), owners.gid(0), dir_fd=upper)  # it is what the root directory is seen as
+        yield upper
+    finally:
+        os.close(upper)
+
+
 def _mount(above: Sequence[int], layers: Sequence[Path], userns: int, upper: int) -> int:
     clones: list[int] = []
     try:
@@ -135,7 +156,7 @@ def _build_layer(
     ids: tuple[int, int],
     etc: Mapping[str, bytes],
     owners: Owners,
-    tops: Iterable[str],
+    tops: Collection[str],
     points: Mapping[str, bool],
 ) -> int:
     layer = sc.new_filesystem("tmpfs", {"size": "16m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
@@ -143,7 +164,7 @@ def _build_layer(
         _copy_owner(layer, ".", image.stat("/"), owners)
         for name in _OURS:
             _make_directory(layer, name, image, owners)
-        if root.whole:
+        if not tops:
             _make_directory(layer, rootfs.HOME[1:], image, owners)
             os.chown(rootfs.HOME[1:], owners.base + ids[0], owners.base + ids[1], dir_fd=layer)
         else:
@@ -165,7 +186,7 @@ def _build_layer(
     return layer
 
 
-def _choose_private(root: RootFs, layer: int, image: View, owners: Owners, tops: Iterable[str]) -> None:
+def _choose_private(root: RootFs, layer: int, image: View, owners: Owners, tops: Collection[str]) -> None:
     """Which directories are the call's own: /tmp and its home, and wherever a workspace may be and the image has nothing."""
     names = set(image.names())
     private = [Private("tmp", "/tmp", 0o1777)]

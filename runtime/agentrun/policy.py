@@ -70,6 +70,8 @@ class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
 
     image: str = HOST
     """What the root is made of: ``host``, or an image of the store by its name or id."""
+    root: Literal["ro", "scratch"] = "ro"
+    """``scratch``: an image's root can be written to, ``scratch_size`` bytes; what is written is gone with the call."""
     workdir: str = ""
     """Where a call starts that has neither a workspace nor said where: the image's own word, as is the next."""
     entrypoint: tuple[str, ...] = ()

@@ -96,6 +96,7 @@ def _filesystem(t: FsTable) -> p.Filesystem:
         check_bind(bind, f"fs.binds[{number}]", binds[:number])
     return p.Filesystem(
         image=_given(t.image, base.image),
+        root=_given(t.root, base.root),
         workspace=_given(t.workspace, base.workspace),
         binds=binds,
         masked=masked,

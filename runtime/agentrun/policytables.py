@@ -102,6 +102,7 @@ class FsTable(_Table, frozen=True, kw_only=True):
     """What a call sees and may write."""
 
     image: Image | UnsetType = UNSET
+    root: Literal["ro", "scratch"] | UnsetType = UNSET
     workspace: Literal["rw", "ro", "none"] | UnsetType = UNSET
     binds: Annotated[list[BindTable], Meta(max_length=64, description="a list of at most 64 tables")] | UnsetType = UNSET
     masked: Paths | UnsetType = UNSET

@@ -103,6 +103,7 @@ def _filesystem(policy: Policy) -> FsTable:
     fs = policy.fs
     return FsTable(
         image=fs.image,
+        root=fs.root,
         workspace=fs.workspace,
         binds=[BindTable(source=bind.source, target=bind.target, mode=bind.mode) for bind in fs.binds],
         masked=list(fs.masked),

@@ -62,7 +62,7 @@ class RootFs(msgspec.Struct):
     late: list[tuple[str, str, str]] = []
     """What is bound (from, to) after the private directories, because it is below one of them, which is the third."""
     whole: bool = False
-    """All of it can be written to; nothing but /dev/shm is the call's own."""
+    """All of it can be written to."""
     attached: set[str] = set()
     """Top-level directories of the host that are in it."""
     points: frozenset[str] = frozenset()

@@ -19,7 +19,7 @@ from agentrun import rootfs
 from agentrun.binds import open_source
 from agentrun.egress.etc import hosts, resolv_conf
 from agentrun.errors import HostError
-from agentrun.imageroot import Owners, open_image_root
+from agentrun.imageroot import Owners, open_image_root, scratch_upper
 from agentrun.images import Images
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, HOST, Bind
@@ -101,6 +101,17 @@ class Zygotes:
                     return zygote
                 zygote.close()  # all were forgotten meanwhile, and this one sees no more than they did
 
+    async def single(self, shape: Shape, id_base: int) -> Zygote:
+        """One for a single slot, whose root can be written to and is nobody else's; the caller's to end.
+
+        Raises:
+            HostError: its image or profile cannot be made.
+            SandboxError: its plan failed.
+        """
+        if self._closed:
+            raise HostError("the executor is closing")
+        return await self._start(shape, id_base)
+
     async def _start(self, shape: Shape, id_base: int) -> Zygote:
         zygote = Zygote.spawn(self._life_read, self._nursery)
         self._latency.zygote(zygote, self._latency.shape(shape.lasting, shape.label))
@@ -156,6 +167,9 @@ class Zygotes:
         owners = Owners(id_base, *shape.fs.owners)
         userns = await zygote.userns(owners.maps())
         points = {zygote.lease.config.workdir: True, **points}  # docker run makes it as well
+        if shape.fs.root == "scratch" and not shape.fs.session:
+            with scratch_upper(shape.scratch_size, owners) as upper:
+                return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points, upper)
         if not shape.fs.session:
             return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points)
         with self._sessions.root(shape.fs.session, await zygote.userns(with_mounter(owners.maps()))) as kept:

@@ -84,6 +84,23 @@ def test_it_is_read_only_but_for_what_is_the_calls_own(executor):
     assert executor.text("ls /tmp /home/tool /dev/shm", image="plain").split() == ["/dev/shm:", "/home/tool:", "/tmp:"]
 
 
+def test_a_scratch_root_can_be_written_to(executor, store):
+    before = inodes(store.root / "layers")
+    policy = Policy(fs=Filesystem(image="plain", root="scratch"), scratch_size=8 << 20)
+    script = "rm -r /srv; mkdir /srv; echo x > /etc/passwd; touch /x /tmp/y ~/z; chmod 700 /bin; ls / | wc -l; cat /srv/data"
+    for _ in range(2):
+        done = executor.sh(script, policy=policy)
+        assert (done.exit_code, done.stderr) == (1, b"cat: can't open '/srv/data': No such file or directory\n")
+    full = executor.sh("dd if=/dev/zero of=/big bs=1M count=20; ls -l /big", policy=policy)
+    assert b"No space left" in full.stderr, full
+    with tempfile.TemporaryDirectory(prefix="agentrun-test-", dir="/opt") as name:
+        assert executor.text("pwd; echo out > f", policy=policy, workspace=name) == name
+        assert Path(name, "f").read_text() == "out\n"
+    assert inodes(store.root / "layers") == before
+    with pytest.raises(UsageError, match=r"fs\.root"):
+        executor.sh("true", policy=Policy(fs=Filesystem(root="scratch")))
+
+
 def test_the_images_root_is_the_tool_and_no_tool_is_root(executor):
     text = executor.text(
         "id -u; id -g; stat -c %u:%g /etc/secret /bin/busybox /etc /; cat /etc/secret; grep 1000 /etc/passwd", image="plain"

@@ -90,7 +90,8 @@ def hints(draw):
 
 
 fs = table(
-    image=st.just("host"), workspace=st.sampled_from(["rw", "ro", "none"]), binds=binds(), masked=st.lists(paths, max_size=3),
+    image=st.sampled_from(["host", "app", "team/app:1.2"]), root=st.sampled_from(["ro", "scratch"]),
+    workspace=st.sampled_from(["rw", "ro", "none"]), binds=binds(), masked=st.lists(paths, max_size=3),
     read_only=st.lists(paths, max_size=3), scratch=megabytes(1, 4096), file_size=megabytes(1, 4096) | st.just("none"),
     landlock=st.booleans(),
 )  # fmt: skip
