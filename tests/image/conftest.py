@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from agentrun.image.store import Store
-from tests.image.support import image, need
+from tests.image.support import Inside, image, need
+from tests.requirements import lacking
+from tests.support import missing_requirement, open_daemon
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +22,19 @@ def scratch():
 @pytest.fixture(scope="session")
 def store(scratch):
     return Store(scratch / "store")
+
+
+@pytest.fixture(scope="session")
+def inside(store):
+    """To run programs in the store's images."""
+    if reason := missing_requirement():
+        lacking(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTRUN_IMAGES", str(store.root))
+        daemon = open_daemon()
+        running = daemon.__enter__()
+    yield Inside(running)
+    daemon.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

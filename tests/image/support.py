@@ -12,6 +12,7 @@ from pathlib import Path
 
 from agentrun.image.store import Store
 from tests.requirements import lacking
+from tests.support import Daemon
 
 LOOPBACK = "127.0.0.1"
 
@@ -41,42 +42,33 @@ def image(store: Store, *words: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def inside(store: Store, name: str, *words: str) -> str:
-    """Run a program in an image, its layers mounted as they are meant to be; what it prints."""
-    with store.lease(name) as lease:
-        lower = ":".join(str(tree) for tree in reversed(lease.layers))
-        env = dict(setting.partition("=")[::2] for setting in lease.config.env)
-        script = """
-            set -e
-            mount -t tmpfs none /mnt
-            mkdir /mnt/upper /mnt/work /mnt/root
-            mount -t overlay -o "lowerdir=$0,upperdir=/mnt/upper,workdir=/mnt/work" none /mnt/root
-            mount -t proc none /mnt/root/proc
-            mount --bind /dev /mnt/root/dev
-            exec chroot --userspec=1000:1000 /mnt/root "$@"
-        """
-        return sh(
-            "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, lower, *words,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", **env}, cwd="/",
-        )  # fmt: skip
+class Inside:
+    """Calls in the images of a store, by ``agentrun exec`` and a daemon of our own."""
 
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
 
-def can(store: Store, name: str, *tools: str) -> None:
-    """See that the tools which agents call most work in an image."""
-    if "python" in tools:
-        assert inside(store, name, "python3", "-c", "import ssl, sqlite3, json; print(6 * 7)") == "42\n"
-    if "apt" in tools:
-        listed = inside(store, name, "apt", "list", "--installed").splitlines()
-        assert any(line.startswith("libc6/") for line in listed)
-        assert len(listed) > 80
-    if "git" in tools:
-        assert inside(store, name, "git", "--version").startswith("git version 2.")
-        script = "cd /tmp && git init -q r && cd r && touch a && git add a && git -c user.name=a -c user.email=b commit -qm c"
-        script += " && git log"
-        assert "Author: a <b>" in inside(store, name, "sh", "-c", script)
-    if "node" in tools:
-        assert inside(store, name, "node", "-e", "console.log(6 * 7)") == "42\n"
-        assert inside(store, name, "npm", "--version")[0].isdigit()
+    def __call__(self, name: str, *words: str) -> str:
+        """Run a program in an image; what it prints."""
+        done = self._daemon.exec("--image", name, "--timeout", "60", "--", *words)
+        assert done.returncode == 0, f"{words} in {name}: {done.returncode}: {done.stdout[-500:]!r} {done.stderr[-2000:]!r}"
+        return str(done.stdout.decode())
+
+    def can(self, name: str, *tools: str) -> None:
+        """See that the tools which agents call most work in an image."""
+        if "python" in tools:
+            assert self(name, "python3", "-c", "import ssl, sqlite3, json; print(6 * 7)") == "42\n"
+        if "apt" in tools:
+            listed = self(name, "apt", "list", "--installed").splitlines()
+            assert any(line.startswith("libc6/") for line in listed)
+            assert len(listed) > 80
+        if "git" in tools:
+            assert self(name, "git", "--version").startswith("git version 2.")
+            commit = "touch a && git add a && git -c user.name=a -c user.email=b commit -qm c && git log"
+            assert "Author: a <b>" in self(name, "sh", "-c", f"cd /tmp && git init -q r && cd r && {commit}")
+        if "node" in tools:
+            assert self(name, "node", "-e", "console.log(6 * 7)") == "42\n"
+            assert self(name, "npm", "--version")[0].isdigit()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from agentrun.image.manifest import decode
-from tests.image.support import can, image, inside
+from tests.image.support import image
 
 ALL = os.environ.get("AGENTRUN_TEST_RECIPES") == "all"
 
@@ -17,23 +17,23 @@ def manifest(store, name):
     return decode((store.root / "layers" / layer / "manifest").read_bytes())
 
 
-def test_debian(store, debian):
-    can(store, debian, "apt")
-    assert inside(store, debian, "sh", "-c", ". /etc/os-release; echo $ID").strip() == "debian"
+def test_debian(store, inside, debian):
+    inside.can(debian, "apt")
+    assert inside(debian, "sh", "-c", ". /etc/os-release; echo $ID").strip() == "debian"
     assert store.verify(debian) == []
 
 
-def test_python(store, python):
-    can(store, python, "python", "apt", "git")
-    assert inside(store, python, "pip", "--version").startswith("pip ")
-    assert inside(store, python, "sh", "-c", "python -m venv /tmp/v && /tmp/v/bin/pip --version").startswith("pip ")
+def test_python(store, inside, python):
+    inside.can(python, "python", "apt", "git")
+    assert inside(python, "pip", "--version").startswith("pip ")
+    assert inside(python, "sh", "-c", "python -m venv /tmp/v && /tmp/v/bin/pip --version").startswith("pip ")
     assert store.find(python).config.env[1:] == ("LANG=C.UTF-8",)
 
 
 @pytest.mark.skipif(not ALL, reason="its hundreds of packages take minutes; AGENTRUN_TEST_RECIPES=all")
-def test_node(store):
+def test_node(store, inside):
     image(store, "build", "node")
-    can(store, "node", "node", "apt", "git")
+    inside.can("node", "node", "apt", "git")
 
 
 def test_two_builds_are_the_same(store, debian):
