@@ -15,12 +15,11 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import trio
 
 from agentrun.errors import HostError, SandboxError
-from agentrun.image.store import Lease
 from agentrun_shim.native import slot_program
 from agentrun_shim.plan import DONE_SIZE, Done, SlotFlag, Step, pack_slot, pack_userns, unpack_done
 
@@ -42,6 +41,16 @@ class ZygoteDied(HostError):
     """The zygote ended before it had answered; another one can be started."""
 
 
+class Held(Protocol):
+    """Something that is kept from going away."""
+
+    def share(self) -> Self:
+        """Another holder of the same."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
 class Zygote:
     """A running zygote of one shape."""
 
@@ -51,8 +60,8 @@ class Zygote:
         self._answers: deque[_Answer] = deque()
         self._userns: dict[tuple[IdMap, ...], int] = {}
         self._hung_up = False
-        self.lease: Lease | None = None
-        """Of the image that its slots have for a root."""
+        self.lease: Held | None = None
+        """Of the image that its slots have for a root. It ends with the zygote."""
 
     @classmethod
     def spawn(cls, life_fd: int, nursery: trio.Nursery) -> Self:

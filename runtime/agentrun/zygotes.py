@@ -163,17 +163,17 @@ class Zygotes:
 
     async def _open_image(self, zygote: Zygote, shape: Shape, id_base: int, points: Mapping[str, bool]) -> rootfs.RootFs:
         ids, etc = (shape.process.uid, shape.process.gid), _etc(shape)
-        zygote.lease = self._images.lease(shape.fs.image)
+        lease = zygote.lease = self._images.lease(shape.fs.image)
         owners = Owners(id_base, *shape.fs.owners)
         userns = await zygote.userns(owners.maps())
-        points = {zygote.lease.config.workdir: True, **points}  # docker run makes it as well
+        points = {lease.config.workdir: True, **points}  # docker run makes it as well
         if shape.fs.root == "scratch" and not shape.fs.session:
             with scratch_upper(shape.scratch_size, owners) as upper:
-                return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points, upper)
+                return open_image_root(lease.layers, ids, etc, owners, userns, workspace_tops(), points, upper)
         if not shape.fs.session:
-            return open_image_root(zygote.lease.layers, ids, etc, owners, userns, workspace_tops(), points)
+            return open_image_root(lease.layers, ids, etc, owners, userns, workspace_tops(), points)
         with self._sessions.root(shape.fs.session, await zygote.userns(with_mounter(owners.maps()))) as kept:
-            return open_image_root(zygote.lease.layers, ids, etc, owners, userns, (), points, *kept)
+            return open_image_root(lease.layers, ids, etc, owners, userns, (), points, *kept)
 
     def profile(self, name: str) -> Profile:
         """A seccomp profile, with the rules that are in front of every one.
