@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from agentrun.policy import Limits, Policy
     from agentrun.running import Running
     from agentrun.stdio import PIPE
-    from agentrun.types import Outcome, Result, Timings, Unenforced, Usage, Verdict
+    from agentrun.types import Changes, Outcome, Result, Timings, Unenforced, Usage, Verdict
     from agentrun.workspace import Workspace
 
 __all__ = [
     "PIPE",
     "AgentrunError",
+    "Changes",
     "Executor",
     "ExecutorConfig",
     "HostError",
@@ -53,7 +54,7 @@ _MODULES = {
     "policy": ("Limits", "Policy"),
     "running": ("Running",),
     "stdio": ("PIPE",),
-    "types": ("Outcome", "Result", "Timings", "Unenforced", "Usage", "Verdict"),
+    "types": ("Changes", "Outcome", "Result", "Timings", "Unenforced", "Usage", "Verdict"),
     "workspace": ("Workspace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import trio
 
+from agentrun.changes.serving import answer_changes
 from agentrun.config import DEFAULT_SOCKET, DaemonConfig
 from agentrun.containers import Containers
 from agentrun.errors import AgentrunError, UsageError
@@ -31,6 +32,7 @@ from agentrun.policy import Policy, parse_net
 from agentrun.policystore import is_path
 from agentrun.protocol import (
     Bursts,
+    Changes,
     Exec,
     Kill,
     Latency,
@@ -126,6 +128,9 @@ class Daemon:
                 raise ProtocolError("a signal before a call")
             if isinstance(request, Bursts):
                 await self._tell_bursts(sock, _peer(sock)[1])
+                return None
+            if isinstance(request, Changes):
+                await answer_changes(sock, request, _peer(sock)[1])
                 return None
             if isinstance(request, Register | Unregister):
                 return reply_frame(self._ask_of_container(request, _peer(sock)))

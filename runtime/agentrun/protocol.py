@@ -36,7 +36,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     net: str | None = None
     hint: str | None = None
     tenant: str | None = None
-    workspace: Literal["rw", "ro"] | None = None
+    workspace: Literal["rw", "ro", "cow"] | None = None
     best_effort: Literal["", "1"] = ""
     capture: Literal["", "1"] = ""
     timings: Literal["", "1"] = ""
@@ -85,6 +85,14 @@ class Bursts(_Request, frozen=True):
     """What memory control does from now on: a reply for each thing, until the connection is closed."""
 
 
+class Changes(_Request, frozen=True, kw_only=True):
+    """What is kept of calls in copy-on-write workspaces: list it; get one, to look at or to apply; discard one."""
+
+    action: Literal["list", "open", "take", "discard"]
+    id: str = ""
+    force: bool = False
+
+
 class Kill(_Request, frozen=True, kw_only=True):
     """End a call, or signal it."""
 
@@ -118,7 +126,7 @@ class Unregister(_Request, frozen=True, kw_only=True):
     bundle: str
 
 
-Request = Exec | Signal | Status | Ps | Stats | Latency | Top | Bursts | Kill | Register | Unregister
+Request = Exec | Signal | Status | Ps | Stats | Latency | Top | Bursts | Changes | Kill | Register | Unregister
 
 _decoder = msgspec.msgpack.Decoder(Request)
 _encode = msgspec.msgpack.Encoder().encode

@@ -112,6 +112,25 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True):
     """How often; at least, where the tool tried without end."""
 
 
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call changed in a copy-on-write workspace; kept until it is applied or discarded (docs/workspaces.md)."""
+
+    id: str
+    """For ``agentrun diff``, ``apply`` and ``discard``."""
+    added: int
+    modified: int
+    """Content, target of a link, or extended attributes."""
+    deleted: int
+    type: int
+    """Another kind of thing is there now."""
+    mode: int
+    """Mode or owner, but not the content."""
+    time: int
+    """Files of which only the time of modification is another."""
+    bytes: int
+    """Disk that it takes while it is kept."""
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one tool call."""
 
@@ -141,6 +160,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What memory control did, where the policy has a steady budget."""
     phases: dict[str, float | None] | None = None
     """Seconds of each phase of its sandbox, for a call that asked (docs/latency.md); null for what was not seen in the kernel."""
+    changes: Changes | None = None
+    """What was changed, in a copy-on-write workspace; null if nothing was, or it was none."""
     private_runtime: bool = False
     """No daemon was there: a runtime was started for this one call."""
 

@@ -102,9 +102,7 @@ def _same(path: str, dirfd: int) -> bool:
     return stat.S_ISDIR(here.st_mode) and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def owner_maps(
-    on_disk: tuple[int, int], owner: tuple[int, int], strangers: int, *, mounter: bool = False
-) -> tuple[IdMap, ...]:
+def owner_maps(on_disk: tuple[int, int], owner: tuple[int, int], strangers: int, *, mounter: bool = False) -> tuple[IdMap, ...]:
     """Maps for an idmapped mount: the one user and group ``on_disk`` are the tool's ``owner`` ids, all others are strangers'.
 
     Without the strangers, 65,536 host ids that nobody has, the kernel would let no one change an entry of which owner or group

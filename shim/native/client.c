@@ -76,11 +76,12 @@ static void hold_stdio(bool open[3]) {
 static int open_workspace(const char *value[OPTIONS]) {
     char *dir = (char *)(uintptr_t)value[WORKSPACE];
     size_t len = str_len(dir);
-    bool ro = len > 3 && str_eq(dir + len - 3, ":ro");
-    if (ro || (len > 3 && str_eq(dir + len - 3, ":rw"))) dir[len - 3] = 0;
+    bool ro = len > 3 && str_eq(dir + len - 3, ":ro"), cow = len > 4 && str_eq(dir + len - 4, ":cow");
+    if (cow) dir[len - 4] = 0;
+    else if (ro || (len > 3 && str_eq(dir + len - 3, ":rw"))) dir[len - 3] = 0;
     long fd = sys_openat(AT_FDCWD, dir, O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
     if (fd < 0) fail(2, "workspace ", dir, ": ", error_text(fd), NULL);
-    value[WORKSPACE] = ro ? "ro" : "rw";
+    value[WORKSPACE] = cow ? "cow" : ro ? "ro" : "rw";
     return (int)fd;
 }
 

@@ -45,6 +45,7 @@ def test_the_json_of_a_result_is_frozen():
         "memory_mode": "none",
         "bursts": [],
         "phases": None,
+        "changes": None,
         "private_runtime": False,
     }  # fmt: skip
 

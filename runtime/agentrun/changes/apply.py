@@ -1,0 +1,236 @@
+"""Changes → the directory that they were made to. Each file or tree is replaced in one step, and never what it does not expect.
+
+A unit is made under one name beside its place (``.part``), gets another when it is complete and on the disk (``.new``), and
+then changes places with what is there (renameat2(2), RENAME_EXCHANGE). What came out is looked at once more: if somebody was
+faster, the two change back. Only then it is removed. So a run that is killed anywhere leaves every path either old or new, and
+the next one knows what it finds: ``.part`` is ours; ``.new`` is the new, or the old, or somebody's, who gets it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from agentrun.changes.beneath import (
+    DIRECTORY,
+    ESCAPES,
+    FILE,
+    NOT_THERE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    look_at,
+    open_beneath,
+    opened,
+    rename,
+    split,
+)
+from agentrun.changes.build import build, dress, remove_tree
+from agentrun.changes.check import Conflict, State, check, differences, is_new
+from agentrun.changes.model import Change
+from agentrun.changes.units import Unit, make_units
+from agentrun.errors import UsageError
+
+_CANNOT_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS)
+
+
+class Report(msgspec.Struct):
+    """What came of applying."""
+
+    applied: int = 0
+    already: int = 0
+    """Units that were there before: of a run that was killed, or somebody did the same."""
+    conflicts: list[Conflict] = []
+    begun: bool = False
+    """Something may have been applied. False: there were conflicts, and nothing was touched."""
+
+    @property
+    def complete(self) -> bool:
+        """Everything is there now."""
+        return self.begun and not self.conflicts
+
+
+def apply(
+    changes: Sequence[Change],
+    layers: Sequence[int],
+    root: int,
+    *,
+    name: str,
+    force: bool = False,
+    step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Report:
+    """Apply changes to the directory ``root``, with the rights of whoever calls this.
+
+    Args:
+        layers: what ``Node.layer`` numbers: directories with the new files.
+        name: of the change set; in the names used beside what is replaced.
+        force: overwrite files that were changed meanwhile; see ``check``.
+        step: told how far it is.
+
+    Raises:
+        UsageError: the caller has not the right to.
+        HostError: the change set is damaged.
+        OSError: something cannot be written.
+    """
+    return _Apply(changes, layers, root, name, force).run(step)
+
+
+class _Apply:
+    def __init__(self, changes: Sequence[Change], layers: Sequence[int], root: int, name: str, force: bool) -> None:
+        self._units = make_units(changes)
+        self._layers, self._root, self._name, self._force = layers, root, name, force
+        self._touched: set[bytes] = set()
+        self._report = Report()
+
+    def run(self, step: Callable[[int, int], None]) -> Report:
+        report = self._report
+        for unit in self._units:
+            _check_rights(unit, self._layers)
+            self._recover(unit)
+            report.conflicts += check(unit, self._layers, self._root, force=self._force)[1]
+        if report.conflicts:
+            return report
+        report.begun = True
+        for number, unit in enumerate(self._units):
+            step(number, len(self._units))
+            state, conflicts = check(unit, self._layers, self._root, force=self._force)
+            if state is State.TODO:
+                conflicts = self._carry_out(unit)
+            report.already += state is State.DONE
+            report.applied += state is State.TODO and not conflicts
+            report.conflicts += conflicts
+            self._touched.add(split(unit.path)[0])
+        for path in self._touched:
+            # One that has gone is somebody's doing, and was reported if anything of ours went with it.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self._root, path, DIRECTORY) as fd:
+                os.fsync(fd)
+        step(len(self._units), len(self._units))
+        return report
+
+    def _names(self, unit: Unit) -> tuple[bytes, bytes, bytes]:
+        """Where it is made, where it waits, and its own."""
+        stem = f".agentrun-{self._name}-{unit.number}".encode()
+        return stem + b".part", stem + b".new", split(unit.path)[1]
+
+    def _carry_out(self, unit: Unit) -> list[Conflict]:
+        if unit.attributes:
+            assert unit.new is not None
+            with opened(self._root, unit.path, DIRECTORY) as fd:
+                dress(fd, unit.new)
+            return []
+        with opened(self._root, split(unit.path)[0], DIRECTORY) as parent:
+            return self._remove(unit, parent) if unit.new is None else self._put(unit, parent)
+
+    def _remove(self, unit: Unit, parent: int) -> list[Conflict]:
+        _, new, name = self._names(unit)
+        rename(parent, name, new, RENAME_NOREPLACE)
+        if conflicts := list(differences(unit, parent, new, moved=True, force=self._force)):
+            rename(parent, new, name, RENAME_NOREPLACE)
+            return conflicts
+        remove_tree(parent, new)
+        return []
+
+    def _put(self, unit: Unit, parent: int) -> list[Conflict]:
+        part, new, name = self._names(unit)
+        remove_tree(parent, part)
+        build(unit, self._layers, parent, part)
+        rename(parent, part, new, RENAME_NOREPLACE)
+        if look_at(parent, name) is None:
+            try:
+                rename(parent, new, name, RENAME_NOREPLACE)
+            except FileExistsError:
+                remove_tree(parent, new)
+                return [Conflict(unit.path, "is new: somebody made it just now")]
+            return []
+        try:
+            rename(parent, new, name, RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno not in _CANNOT_EXCHANGE:
+                raise
+            return self._put_over(unit, parent)
+        if conflicts := self._came_out(unit, parent, new):
+            rename(parent, new, name, RENAME_EXCHANGE)
+            remove_tree(parent, new)
+            return conflicts
+        remove_tree(parent, new)
+        return []
+
+    def _came_out(self, unit: Unit, parent: int, new: bytes) -> list[Conflict]:
+        """What is wrong with that which was at the unit's path until just now."""
+        if self._force and not unit.old:
+            found = look_at(parent, new)
+            return [Conflict(unit.path, "is a directory now")] if found and stat.S_ISDIR(found.st_mode) else []
+        return list(differences(unit, parent, new, moved=True, force=self._force))
+
+    def _put_over(self, unit: Unit, parent: int) -> list[Conflict]:
+        """On a file system where names cannot change places: between the last look and the rename somebody may be faster."""
+        _, new, name = self._names(unit)
+        if "d" in {entry.kind for entry in (unit.new, unit.old.get(unit.path)) if entry is not None}:
+            remove_tree(parent, new)
+            raise OSError(errno.EOPNOTSUPP, "this file system cannot exchange a file and a directory", os.fsdecode(unit.path))
+        os.rename(new, name, src_dir_fd=parent, dst_dir_fd=parent)
+        return []
+
+    def _recover(self, unit: Unit) -> None:
+        """Clear away what a run that was killed has left beside a unit's place."""
+        if unit.attributes:
+            return
+        try:
+            parent = open_beneath(self._root, split(unit.path)[0], DIRECTORY)
+        except OSError as error:
+            if error.errno in (*NOT_THERE, *ESCAPES):
+                return  # the check has more to say about that
+            raise
+        try:
+            part, new, _ = self._names(unit)
+            remove_tree(parent, part)
+            if look_at(parent, new) is None:
+                return
+            if is_new(unit, self._layers, parent, new):  # not installed
+                remove_tree(parent, new)
+            elif unit.old and not list(differences(unit, parent, new, moved=True, force=self._force)):
+                remove_tree(parent, new)  # taken out, and looked at or not: it was what it had to be
+            else:
+                self._give_back(unit, parent)
+        finally:
+            os.close(parent)
+
+    def _give_back(self, unit: Unit, parent: int) -> None:
+        """What was taken out and not expected goes back to its place; where that is taken, nobody but a human can tell."""
+        _, new, name = self._names(unit)
+        if look_at(parent, name) is None:
+            rename(parent, new, name, RENAME_NOREPLACE)
+        elif is_new(unit, self._layers, parent, name):
+            rename(parent, new, name, RENAME_EXCHANGE)
+            remove_tree(parent, new)
+        else:
+            kept = f"was replaced twice; what was there first is kept as {os.fsdecode(new)}"
+            self._report.conflicts.append(Conflict(unit.path, kept))
+
+
+def _check_rights(unit: Unit, layers: Sequence[int]) -> None:
+    """Refuse what would fail half-way.
+
+    Raises:
+        UsageError: something belongs to another user, and who is not root cannot make it his; or he may not even read it.
+    """
+    user = os.geteuid()
+    if user == 0:
+        return
+    groups = {os.getegid(), *os.getgroups()}
+    for path, node in ((unit.path, unit.new), *unit.inner.items()):
+        problem = ""
+        if node is not None and (node.uid != user or node.gid not in groups):
+            problem = f"belongs to {node.uid}:{node.gid}"
+        elif node is not None and node.kind == "f":
+            try:
+                os.close(open_beneath(layers[node.layer], path, FILE))
+            except PermissionError:
+                problem = "cannot be read, because of its mode or that of its directory"
+        if problem:
+            raise UsageError(f"change set: {os.fsdecode(path) or '.'} {problem}: only root can apply that; nothing was done")
