@@ -12,9 +12,10 @@ import ctypes
 import os
 from collections.abc import Iterable
 from functools import cache
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from agentrun_shim.seccomp_profile import Condition, Op
+if TYPE_CHECKING:  # the OCI runtime compiles filters without msgspec, which is not where engines start it
+    from agentrun_shim.seccomp_profile import Condition, Op
 
 LIBRARY: Final = "libseccomp.so.2"
 LEAST: Final = (2, 5)
@@ -26,7 +27,7 @@ _ACT_BADARCH, _CTL_OPTIMIZE = 2, 8
 _BINARY_TREE = 2
 _OPS: Final[dict[Op, int]] = {"NE": 1, "LT": 2, "LE": 3, "EQ": 4, "GE": 5, "GT": 6, "MASKED_EQ": 7}
 
-Rule = tuple[int, int, tuple[Condition, ...]]
+Rule: TypeAlias = "tuple[int, int, tuple[Condition, ...]]"
 """An action word (SECCOMP_RET_* and its data), a system call number, and conditions that must all hold."""
 
 

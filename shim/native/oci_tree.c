@@ -291,9 +291,13 @@ long root_pivot(const struct container *c) {
         if ((err = SYS5(__NR_mount, ".", "/", NULL, MS_MOVE, NULL)) < 0) return err;
         if ((err = SYS1(__NR_chroot, ".")) < 0) return err;
     } else {
+        long host = sys_openat(AT_FDCWD, "/", O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
+        if (host < 0) return host;
         if ((err = SYS2(__NR_pivot_root, ".", ".")) < 0) return err;
-        if ((err = SYS5(__NR_mount, NULL, ".", NULL, MS_SLAVE | MS_REC, NULL)) < 0) return err;  // unmounts stay here
+        if ((err = SYS1(__NR_fchdir, host)) < 0) return err;
+        if ((err = SYS5(__NR_mount, NULL, ".", NULL, MS_SLAVE | MS_REC, NULL)) < 0) return err;  // the host's, whose unmounts stay here
         if ((err = SYS2(__NR_umount2, ".", MNT_DETACH_)) < 0) return err;
+        sys_close((int)host);
     }
     if ((err = SYS1(__NR_chdir, "/")) < 0) return err;
     return c->op->b ? SYS5(__NR_mount, NULL, "/", NULL, c->op->b, NULL) : 0;

@@ -10,26 +10,19 @@ import os
 import time
 
 from agentrun_shim import container_plan as cp
-from agentrun_shim.oci import cgroup, hooks, resources, seccomp, state
+from agentrun_shim.oci import cgroup, hooks, later, resources, seccomp, state
 from agentrun_shim.oci.build import Request, container_plan
 from agentrun_shim.oci.config import Linux, absolute, load
+from agentrun_shim.oci.context import Context
 from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.jsontext import dumps
 from agentrun_shim.oci.launch import Launch, native, serve_maps
-from agentrun_shim.oci.log import Log
 from agentrun_shim.oci.options import Options
 from agentrun_shim.oci.process import Process, set_rlimits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-
-class Context:
-    """What every verb is given: where containers are, where errors go, and which cgroup manager was asked for."""
-
-    def __init__(self, root: str, log: Log, *, manager: str, rootless: bool) -> None:
-        self.root, self.log, self.manager, self.rootless = root, log, manager, rootless
 
 
 def create(context: Context, options: Options, name: str, *, waits: bool = True) -> int:
@@ -46,7 +39,11 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     keep, listen_env = preserved(options.number("preserve-fds"))
     for stage in hooks.STAGES:
         hooks.of(config, stage)
-    linux, process = Linux(config), Process(config["process"], extra_env=listen_env)
+    linux = Linux(config)
+    notify = os.environ.get("NOTIFY_SOCKET", "")
+    if notify:
+        listen_env = [*listen_env, f"NOTIFY_SOCKET={later.INSIDE}/{later.NAME}"]
+    process = Process(config["process"], extra_env=listen_env)
     filters = seccomp.compile_filter(linux.config["seccomp"], context.root, context.log) if linux.config.get("seccomp") else None
     leaf = ""
     if context.manager == "systemd" and linux.config.get("cgroupsPath", "").count(":") == 2:
@@ -61,6 +58,16 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     container = state.Container(context.root, name, new=True)
     launch = None
     try:
+        if notify:
+            os.mkdir(f"{container.path}/{later.DIRECTORY}", 0o755)
+            container.record["notify"] = notify
+            bound = {
+                "destination": later.INSIDE,
+                "type": "bind",
+                "source": f"{container.path}/{later.DIRECTORY}",
+                "options": ["bind"],
+            }
+            config["mounts"] = [*(config.get("mounts") or ()), bound]
         plan = container_plan(
             config, linux, process, request, name=name, leaf=leaf, privileged=not context.rootless, filters=filters,
             log=context.log, host_rules=not context.rootless,
@@ -187,9 +194,7 @@ def preserved(count: int) -> tuple[int, list[str]]:
 def run(context: Context, options: Options, name: str) -> int:
     """create, start and, unless detached, wait and delete; returns the program's exit status."""
     pid = create(context, options, name)
-    front = ["--root", context.root]
-    if context.log.path:
-        front += ["--log", context.log.path, "--log-format", "json" if context.log.json else "text"]
+    front = context.front()
     started = native([*front, "start", name])
     if started:
         native([*front, "delete", "--force", name])

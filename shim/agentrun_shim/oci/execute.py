@@ -13,7 +13,8 @@ from agentrun_shim.container_plan import Plan
 from agentrun_shim.oci import cgroup, leaves, names, state
 from agentrun_shim.oci.build import open_label
 from agentrun_shim.oci.config import Linux
-from agentrun_shim.oci.create import Context, agent_state, pid_out, preserved
+from agentrun_shim.oci.context import Context
+from agentrun_shim.oci.create import agent_state, pid_out, preserved
 from agentrun_shim.oci.errors import OciError
 from agentrun_shim.oci.jsontext import loads
 from agentrun_shim.oci.launch import Launch

@@ -6,13 +6,15 @@ import os
 import select
 
 from agentrun_shim.oci import hooks
-from agentrun_shim.oci.create import Context
+from agentrun_shim.oci.context import Context
 from agentrun_shim.oci.errors import OciError
 from agentrun_shim.oci.launch import native
 from agentrun_shim.oci.options import Options
 from agentrun_shim.oci.state import Container
 
-SOCKET = "notify/notify.sock"
+DIRECTORY, NAME, INSIDE = "notify", "notify.sock", "/run/notify"
+"""Of the container's directory, of the socket in it, and where the container sees it."""
+_SOCKET = f"{DIRECTORY}/{NAME}"
 
 
 def poststart(context: Context, options: Options) -> int:
@@ -59,16 +61,13 @@ def start(context: Context, options: Options) -> int:
     os.chdir(container.path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
         try:
-            os.unlink(SOCKET)
+            os.unlink(_SOCKET)
         except FileNotFoundError:
             pass
-        ours.bind(SOCKET)
-        os.chmod(SOCKET, 0o777)
+        ours.bind(_SOCKET)
+        os.chmod(_SOCKET, 0o777)
         container.save(notify=None)
-        front = ["--root", context.root]
-        if context.log.path:
-            front += ["--log", context.log.path, "--log-format", "json" if context.log.json else "text"]
-        if native([*front, "start", container.name]):
+        if native([*context.front(), "start", container.name]):
             return 1
         pidfd = os.pidfd_open(container.pid)
         poll = select.poll()

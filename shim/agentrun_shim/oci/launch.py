@@ -39,6 +39,7 @@ class Launch:
         self.plan, self.program = plan, program
         self.pid = 0
         self._buffer = b""
+        self._early: list[Event] = []
         self.helper = 0
         packed = os.memfd_create("plan", os.MFD_CLOEXEC)
         os.write(packed, plan.pack())
@@ -74,6 +75,9 @@ class Launch:
 
     def next(self) -> Event | None:
         """The next event; None at the end."""
+        return self._early.pop(0) if self._early else self._read()
+
+    def _read(self) -> Event | None:
         while len(self._buffer) < cp.EVENT.size:
             more = os.read(self.up, 4096)
             if not more:
@@ -84,8 +88,12 @@ class Launch:
         return event
 
     def born(self) -> int:
-        """Wait for the clone, collect the helper; returns the pid."""
-        self.pid = self.expect(cp.CLONED)[3]
+        """Wait for the clone, collect the helper; returns the pid. The child may have said something before the helper did."""
+        early: list[Event] = []
+        while (event := self._read()) is not None and event[0] != cp.CLONED:
+            early.append(event)
+        self._early = early
+        self.pid = event[3] if event is not None else self.expect(cp.CLONED)[3]
         os.waitpid(self.helper, 0)
         self.helper = 0
         return self.pid

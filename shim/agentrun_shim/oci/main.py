@@ -80,7 +80,7 @@ def is_rootless(flag: str | None) -> bool:
 
 
 def _dispatch(options: Options, root: str, internal: str, log: Log) -> int:
-    from agentrun_shim.oci.create import Context
+    from agentrun_shim.oci.context import Context
 
     manager = options.get("cgroup-manager") or ("systemd" if "systemd-cgroup" in options else "cgroupfs")
     if manager not in ("cgroupfs", "systemd", "disabled"):

@@ -8,7 +8,7 @@ import time
 
 from agentrun_shim.oci import cgroup, leaves, resources
 from agentrun_shim.oci.config import Linux
-from agentrun_shim.oci.create import Context
+from agentrun_shim.oci.context import Context
 from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.jsontext import dumps, loads
 from agentrun_shim.oci.options import Options
