@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
+from agentrun.changes.draft import Draft
+from agentrun.changes.store import Store
 from agentrun.overlay import mount_overlay
 from agentrun_shim import syscalls as sc
 
@@ -231,3 +233,27 @@ def directory():
             yield Path(path)
         finally:
             subprocess.run(["chmod", "-R", "u+rwX", path], check=False, stderr=subprocess.DEVNULL)
+
+
+# ---------------------------------------------------------------- change sets without calls
+
+
+def keep(store: Store, base: Path, operations, *, meanwhile=(), uid: int = 0) -> str:
+    """A change set of a directory, as a call would leave it; ``meanwhile`` is done to the original. Its id, or nothing."""
+    fd = os.open(base, os.O_PATH | os.O_DIRECTORY)
+    draft = Draft(store, fd, str(base))
+    try:
+        fds = [clone(base), sc.open_tree(draft.fd, "", sc.OPEN_TREE_CLONE | sc.AT_EMPTY_PATH)]
+        try:
+            fds.append(mount_overlay(fds[:1], upper=fds[1]))
+            draft.start()
+            do(f"/proc/self/fd/{fds[2]}", operations)
+            do(str(base), meanwhile)
+        finally:
+            for each in fds:
+                os.close(each)
+        changes = draft.seal("test", [b"true"], (uid, uid))
+        return "" if changes is None else changes.id
+    finally:
+        draft.close()
+        os.close(fd)

@@ -31,10 +31,10 @@ from agentrun.changes.beneath import (
     split,
 )
 from agentrun.changes.build import build, dress, remove_tree
-from agentrun.changes.check import Conflict, State, check, differences, is_new
+from agentrun.changes.check import Conflict, State, check, differences, find_damage, is_new
 from agentrun.changes.model import Change
 from agentrun.changes.units import Unit, make_units
-from agentrun.errors import UsageError
+from agentrun.errors import HostError, UsageError
 
 _CANNOT_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS)
 
@@ -82,13 +82,15 @@ def apply(
 
 class _Apply:
     def __init__(self, changes: Sequence[Change], layers: Sequence[int], root: int, name: str, force: bool) -> None:
-        self._units = make_units(changes)
+        self._changes, self._units = changes, make_units(changes)
         self._layers, self._root, self._name, self._force = layers, root, name, force
         self._touched: set[bytes] = set()
         self._report = Report()
 
     def run(self, step: Callable[[int, int], None]) -> Report:
         report = self._report
+        if (problem := find_damage(self._changes, self._layers)) is not None:
+            raise HostError(f"change set {self._name} is damaged: {problem}; nothing was applied")
         for unit in self._units:
             _check_rights(unit, self._layers)
             self._recover(unit)

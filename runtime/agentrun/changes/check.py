@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from agentrun.changes.beneath import ESCAPES, NOT_THERE, look, open_beneath, split, walk
+from agentrun.changes.model import Change
 from agentrun.changes.nodes import Node, Seen, kind_name, kind_of, read_target, read_xattrs, same_content, seen
 from agentrun.changes.units import Unit
 
@@ -166,3 +167,19 @@ def has_directory(root: int, path: bytes) -> bool:
             return False
         raise
     return True
+
+
+def find_damage(changes: Sequence[Change], layers: Sequence[int]) -> str | None:
+    """The first new entry that is not in its layer as it has to be; None if all are."""
+    for change in changes:
+        node, path = change.new, os.fsdecode(change.path) or "."
+        if node is None:
+            continue
+        found = look(layers[node.layer], change.path)
+        if found is None or kind_of(found) != node.kind:
+            return f"{path} is missing"
+        if node.kind == "f" and (found.st_size, found.st_mtime_ns) != (node.size, node.mtime):
+            return f"{path} is not what it was when the call ended"
+        if stat.S_IMODE(found.st_mode) != node.mode or (found.st_uid, found.st_gid) != (node.uid, node.gid):
+            return f"{path} has another mode or owner than when the call ended"
+    return None

@@ -26,9 +26,9 @@ from typing import Final
 
 import msgspec
 
-from agentrun.changes.beneath import DIRECTORY, look
+from agentrun.changes.beneath import DIRECTORY
+from agentrun.changes.check import find_damage
 from agentrun.changes.model import ChangeSet, decode
-from agentrun.changes.nodes import kind_of
 from agentrun.errors import HostError, UsageError
 from agentrun.image.locks import exclusive, sync_directory
 
@@ -254,26 +254,10 @@ class Store:
                 yield name, str(error)
                 continue
             try:
-                if (problem := find_damage(opened)) is not None:
+                if (problem := find_damage(opened.changes.changes, [opened.upper])) is not None:
                     yield name, problem
             finally:
                 opened.close()
-
-
-def find_damage(opened: Opened) -> str | None:
-    """The first new entry that is not there as it has to be; None if all is well."""
-    for change in opened.changes.changes:
-        node = change.new
-        if node is None:
-            continue
-        found = look(opened.upper, change.path)
-        if found is None or kind_of(found) != node.kind:
-            return f"{os.fsdecode(change.path)} is missing"
-        if node.kind == "f" and (found.st_size, found.st_mtime_ns) != (node.size, node.mtime):
-            return f"{os.fsdecode(change.path)} is not what it was when the call ended"
-        if stat.S_IMODE(found.st_mode) != node.mode or (found.st_uid, found.st_gid) != (node.uid, node.gid):
-            return f"{os.fsdecode(change.path)} has another mode or owner than when the call ended"
-    return None
 
 
 def remove_deep(path: Path) -> None:
