@@ -1,7 +1,7 @@
 """Containers of other runtimes, whose OCI hook asks for control: governed, recorded, listed, let go of.
 
-A record of each is kept beside the socket, so that the next daemon takes over what this one held (``Record``): it finds the
-cgroup by path and inode, and does not touch what is another one by now. A hook that found no daemon leaves such a record, too.
+A record of each is kept beside the socket, so that the next daemon takes over what this one held (``containerrecords``): it finds
+the cgroup by path and inode, and does not touch what is another one by now. A hook that found no daemon leaves one, too.
 """
 
 from __future__ import annotations
@@ -10,48 +10,31 @@ import contextlib
 import logging
 import os
 import re
-import stat
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
-import msgspec
 import trio
 
 from agentrun.burst.ladder import Mode
 from agentrun.cgroup.foreign import Foreign
+from agentrun.containerrecords import Record, Records
 from agentrun.errors import AgentrunError, HostError, LimitError, UsageError
 from agentrun.executor import Executor
 from agentrun.hints import apply_hint
 from agentrun.hookpolicy import container_files, governed, insisted, is_open
 from agentrun.policy import Policy
 from agentrun.protocol import Register
+from agentrun.request import check_tenant
 from agentrun.types import Unenforced
 from agentrun_shim.hook_cgroup import HARMLESS, Merged, read_files, why_missing
-from agentrun_shim.hook_static import record_directory, record_name
 
 LOOK = 1.0
 """Seconds between two looks at whether they are still there: a runtime that dies runs no poststop hook."""
-MOST = 4096
+MOST, MOST_OF_ONE = 4096, 256
 _NAME = re.compile(r"[A-Za-z0-9_.+:-]{1,1024}")
 _COUNTED = frozenset({"memory.max", "memory.high"})
 _log = logging.getLogger("agentrun")
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What survives the daemon."""
-
-    id: str
-    bundle: str
-    cgroup: str
-    inode: int
-    policy: str
-    tenant: str
-    hint: str | None
-    fail: str
-    uid: int
-    found: dict[str, str | None]
-    """What its control files said before the policy."""
 
 
 class Container:
@@ -73,7 +56,7 @@ class Containers:
 
     def __init__(self, executor: Executor, socket: str) -> None:
         self._executor = executor
-        self._directory = Path(record_directory(socket))
+        self._records = Records(socket)
         self._known: dict[int, Container] = {}
 
     def __len__(self) -> int:
@@ -90,16 +73,32 @@ class Containers:
         """
         if not _NAME.fullmatch(request.id):
             raise UsageError(f"id: {request.id[:60]!r} is none")
+        check_tenant(tenant)
         known = self._known.get(request.inode)
-        if known is not None and (known.record.id, known.record.bundle) == (request.id, request.bundle):
+        if known is not None and (known.record.id, known.record.bundle) != (request.id, request.bundle):
+            known = None
+        if known is not None and request.started:
             self._check_owner(known.leaf, uid)
             return {"known": True, "open": is_open(known.policy, request.fail), "write": {}, "kept": {}, "unenforced": [],
                     "notes": []}  # fmt: skip
+        if uid != 0 and sum(one.record.uid == uid for one in self._known.values()) >= MOST_OF_ONE:
+            raise UsageError(f"user {uid} has {MOST_OF_ONE} containers registered, which is as many as one user may have")
         leaf = Foreign(request.cgroup, request.inode, request.id)
         try:
             self._check_owner(leaf, uid)
             self._check_place(leaf, pid)
-            found = read_files(leaf.fd, list(container_files(policy.limits)))
+            policy = self._hinted(policy, request.hint, tenant)
+            before = known.record if known is not None else self._records.find(request.id, request.bundle, request.inode)
+            if known is not None:
+                self._drop(known)  # and what it had been granted is taken back
+            wanted = container_files(policy.limits)
+            found = read_files(leaf.fd, list(wanted))
+            if (
+                before is not None
+            ):  # a cgroup that is used again, or a hook that did not wait: what we wrote is not the engine's word
+                found |= {
+                    name: before.found[name] for name, text in wanted.items() if name in before.found and found[name] == text
+                }
             record = Record(
                 id=request.id, bundle=request.bundle, cgroup=request.cgroup, inode=leaf.id, policy=request.policy, tenant=tenant,
                 hint=request.hint, fail=request.fail, uid=uid, found=found,
@@ -110,7 +109,7 @@ class Containers:
             raise
         if not request.started:
             self._executor.latency.register(leaf.id, f"container/{policy.name}")
-        self._save(record)
+        self._records.save(record)
         return {
             "known": False, "open": is_open(policy, request.fail), "write": merged.write, "kept": merged.kept,
             "unenforced": [[item.limit, item.reason] for item in container.unenforced], "notes": container.notes,
@@ -119,9 +118,6 @@ class Containers:
 
     def _take(self, leaf: Foreign, record: Record, policy: Policy) -> tuple[Container, Merged]:
         governor = self._executor.memory.governor
-        if record.hint:
-            budget = self._executor.config.tenant_limits.get(record.tenant)
-            policy, _ = apply_hint(policy, record.hint, budget.memory_max if budget else None)
         merged = Merged(record.found, container_files(policy.limits))
         counted = governor.mode is Mode.BPF
         unenforced = tuple(
@@ -146,6 +142,12 @@ class Containers:
         container.unenforced = unenforced
         self._known[leaf.id] = container
         return container, merged
+
+    def _hinted(self, policy: Policy, hint: str | None, tenant: str) -> Policy:
+        if not hint:
+            return policy
+        budget = self._executor.config.tenant_limits.get(tenant)
+        return apply_hint(policy, hint, budget.memory_max if budget else None)[0]
 
     def _without_programs(self, container: Container) -> bool:
         """The programs do not watch it; whether something else holds it."""
@@ -182,8 +184,7 @@ class Containers:
         self._executor.memory.governor.release(container.leaf)
         self._executor.latency.forget(container.leaf.id)
         container.leaf.close()
-        with contextlib.suppress(OSError):
-            (self._directory / record_name(container.record.id, container.record.bundle)).unlink()
+        self._records.drop(container.record)
 
     def _tell(self, container: Container) -> None:
         reason = self._executor.memory.governor.killed(container.leaf)
@@ -209,28 +210,26 @@ class Containers:
                 self._executor.memory.governor.release(container.leaf)
                 container.leaf.close()
             self._known.clear()
-            with contextlib.suppress(OSError):
-                self._directory.rmdir()  # if there is nothing to remember
+            self._records.close()
 
     def _adopt_all(self) -> None:
-        if not self._is_ours():
-            return
-        for path in sorted(self._directory.glob("*.json")):
+        for record in self._records.all():
             try:
-                record = msgspec.json.decode(path.read_bytes(), type=Record)
                 self._adopt(record)
-            except (AgentrunError, OSError, msgspec.MsgspecError) as error:
-                if isinstance(error, UsageError) and str(error).startswith("cgroup:"):
-                    path.unlink(missing_ok=True)  # it is gone, or another one has its place
+            except UsageError as error:
+                if str(error).startswith("cgroup:"):
+                    self._records.drop(record)  # it is gone, or another one has its place
                 else:
-                    _log.warning("%s: container not taken over: %s", path, error)
+                    _log.warning("container %s is not taken over: %s", record.id, error)
+            except AgentrunError as error:
+                _log.warning("container %s is not taken over: %s", record.id, error)
 
     def _adopt(self, record: Record) -> None:
         leaf = Foreign(record.cgroup, record.inode, record.id)
         try:
             self._check_owner(leaf, record.uid)
             self._check_place(leaf, 0)
-            policy = self._executor.policies.find(record.policy)
+            policy = self._hinted(self._executor.policies.find(record.policy), record.hint, record.tenant)
             container, _ = self._take(leaf, record, policy)
         except BaseException:
             leaf.close()
@@ -240,29 +239,6 @@ class Containers:
         if container.limits.memory_high is not None and "memory" in leaf.controllers:
             with contextlib.suppress(HostError):
                 leaf.write({"memory.high": str(container.limits.memory_high)})
-
-    def _is_ours(self, *, make: bool = False) -> bool:
-        """The directory of records is there, and nobody else can put anything into it."""
-        try:
-            if make:
-                self._directory.mkdir(mode=0o700, exist_ok=True)
-            found = self._directory.lstat()
-        except OSError as error:
-            if make:
-                _log.warning("%s: %s; containers are forgotten when the daemon ends", self._directory, error.strerror)
-            return False
-        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-
-    def _save(self, record: Record) -> None:
-        if not self._is_ours(make=True):
-            return
-        path = self._directory / record_name(record.id, record.bundle)
-        temporary = path.with_suffix(".new")
-        try:
-            temporary.write_bytes(msgspec.json.encode(record))
-            temporary.replace(path)
-        except OSError as error:
-            _log.warning("%s: %s; the next daemon will not know of this container", path, error.strerror)
 
     # ------------------------------------------------------------------ telling
 
@@ -288,7 +264,7 @@ class Containers:
         for one in self._of(uid):
             memory = self._executor.memory.governor.row(one.leaf)
             if memory is not None and not one.leaf.is_gone():
-                with contextlib.suppress(IndexError):  # it went just now
+                with contextlib.suppress(IndexError, ValueError, OSError):  # it went just now
                     name, tenant, policy = one.record.id, one.record.tenant, one.policy.name
                     rows.append({"call": name, "tenant": tenant, "policy": policy, "argv": ["container", policy],
                                  "seconds": monotonic() - one.since, **memory, **one.leaf.load()})  # fmt: skip

@@ -115,7 +115,7 @@ def _load(cache: str, name: str, memory: str | None) -> dict[str, object]:
 
 
 def save_record(socket: str, container: Container, cgroup: str, inode: int, found: dict[str, str | None]) -> None:
-    """Leave a record for the next daemon (``agentrun.containers.Record``); whoever may not write there leaves none."""
+    """Leave a record for the next daemon (``agentrun.containerrecords.Record``); whoever may not write there leaves none."""
     from json import dumps
 
     record = {

@@ -362,11 +362,30 @@ def test_only_a_cgroup_that_is_somebody_elses_is_taken(lab):
             (registration(path, policy="no-such"), "there is no policy"),
             (registration(lab.daemon.cgroup), "the daemon's own"),
             (registration(path, hint="memory:much"), "hint"),
+            (registration(path, tenant="../x"), "tenant"),
         ):
             answer = lab.daemon.ask(**request)
             assert answer["op"] == "error", (request, answer)
             assert why in answer["message"], (request, answer)
+        (path / "below").mkdir()
+        (path / "below/cgroup.type").write_text("threaded")
+        try:
+            answer = lab.daemon.ask(**registration(path / "below"))
+        finally:
+            (path / "below").rmdir()
+        assert "threaded: cgroups(7)" in answer["message"]
     assert lab.daemon.ask(op="ps")["data"]["containers"] == []
+
+
+def test_a_daemon_that_does_not_answer_is_none(lab):
+    """Two seconds for each stage, and the container runs; when the daemon comes to itself it knows all the same."""
+    with lab.daemon.stopped():
+        container = lab.run(IDLE, policy="test")
+        said = lab.said(container)
+    assert f"no daemon at {lab.socket}: no answer within 2 s: the static limits of policy test are in force" in said[-1]
+    row = eventually(lambda: lab.listed(container))
+    assert row["notes"] == []  # what the hook wrote is not taken for the engine's own
+    lab.remove(container)
 
 
 # ---------------------------------------------------------------- without a daemon, and with the next one

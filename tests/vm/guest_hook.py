@@ -335,6 +335,9 @@ def what_is_below_a_container_counts_too(lab: Lab) -> str:
     answer = lab.daemon.ask(**request)["data"]  # type: ignore[no-untyped-call]
     for name, text in answer["write"].items():
         (cgroup / name).write_text(text)
+    again = lab.daemon.ask(**request | {"started": False})["data"]  # type: ignore[no-untyped-call]
+    # Whoever uses the cgroup for another container: what we wrote is not taken for the engine's.
+    assert (again["known"], again["write"], again["kept"], again["notes"]) == (False, answer["write"], {}, []), again
     command = 'echo 0 > "$1/cgroup.procs"; exec "$2" anon 256'
     done = subprocess.run(["sh", "-c", command, "sh", below, lab.directory / "hog"], check=False, timeout=60)
     eventually(lambda: "killed" in lab.rungs("delegated"), "news of it")

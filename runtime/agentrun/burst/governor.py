@@ -360,7 +360,9 @@ class Governor:
             watch.leaf.write({"memory.high": text})
 
     def _used(self, tenant: str) -> int:
-        return sum(self._usage(entry) for entry in self._entries.values() if tenant in ("", entry.tenant))
+        """Of calls: containers of other runtimes are in nobody's budget, with a controller or without."""
+        ours = (entry for entry in self._entries.values() if entry.level is None)
+        return sum(self._usage(entry) for entry in ours if tenant in ("", entry.tenant))
 
     def _take(self, entry: _Entry, watch: Watch, step: Step, seen_ns: int | None) -> None:
         before = watch.rung
@@ -378,7 +380,10 @@ class Governor:
             if (step.rung is Rung.FROZEN) != (before is Rung.FROZEN):
                 watch.leaf.freeze(step.rung is Rung.FROZEN)
         except HostError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENODEV, errno.ENOENT):
+            # What becomes of somebody else's cgroup is not for us to say; it is looked at again.
+            if entry.level is None and (
+                not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENODEV, errno.ENOENT)
+            ):
                 raise
             return  # it has ended meanwhile
         self._record(entry, watch, step.rung, watch.usage, step.reason, seen_ns)

@@ -35,13 +35,24 @@ class Foreign(Leaf):
         self.path, self.name, self.where = path, name, str(path)
         self.id, self.owner, self.level = found.st_ino, found.st_uid, level_of(path)
         self.controllers = frozenset((read_file(self.fd, "cgroup.controllers") or b"").decode().split())
-        if self.id != inode or self.level < 1 or self.is_gone():
-            self.close()
-            raise UsageError(f"cgroup: {path} is {'the root' if self.level < 1 else 'another one than the one that was meant'}")
+        kind = (read_file(self.fd, "cgroup.type") or b"").decode().strip()
+        if self.level < 1:
+            why = "the root"
+        elif self.id != inode or self.is_gone():
+            why = "another one than the one that was meant"
+        elif kind in ("threaded", "domain invalid"):
+            why = f"{kind}: cgroups(7) lets nobody kill or limit such a one as a whole"
+        else:
+            return
+        self.close()
+        raise UsageError(f"cgroup: {path} is {why}")
 
     def is_gone(self) -> bool:
         """It was removed; the descriptor still holds on to what is left."""
-        return read_file(self.fd, "cgroup.events") is None
+        try:
+            return read_file(self.fd, "cgroup.events") is None
+        except OSError:
+            return False  # out of descriptors, say: it is asked again
 
     def contains(self, cgroup: str) -> bool:
         """A cgroup that /proc/PID/cgroup names so is this one, or below it."""
