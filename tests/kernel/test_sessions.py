@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -263,6 +264,31 @@ def test_what_cannot_be_one(store, workspace):
             store.snapshot(session.id, name)
     store.remove(session.id)
     assert (store.all(), store.prune() >= 0) == ([], True)
+
+
+def test_the_workspace_is_looked_at_and_applied(executor, store, workspace):
+    workspace.chmod(0o750)
+    session = store.create(image="plain", workspace=str(workspace))
+    executor.text("echo 1 > new; rm -r sub; echo more >> kept", session=session.id)
+    store.snapshot(session.id)
+    executor.text("echo 2 > new; mkdir sub; echo x > sub/other; chmod 600 kept", session=session.id)
+    found = {row["path"]: row["kind"] for row in json.loads(cli("diff", session.id, "--json"))["changes"]}
+    assert found.items() >= {"kept": "modified", "new": "added", "sub/file": "deleted", "sub/other": "added"}.items()
+    assert found.keys() <= {"kept", "new", "sub", "sub/file", "sub/other"}, "the directory may be another one"
+    assert "A  new" in cli("diff", session.id)
+    (workspace / "kept").write_text("by somebody else\n")
+    assert "kept" in cli("apply", session.id, code=1)
+    assert sorted(os.listdir(workspace)) == ["kept", "sub"]
+    cli("apply", "--force", session.id)
+    assert (workspace / "kept").read_text() == "as it was\nmore\n"
+    assert (workspace / "new").read_text() == "2\n"
+    assert os.listdir(workspace / "sub") == ["other"]
+    assert "0 changes" in cli("diff", session.id)
+    executor.text("echo 3 > new", session=session.id)
+    cli("apply", session.id)
+    assert (workspace / "new").read_text() == "3\n"
+    assert stat.S_IMODE(workspace.stat().st_mode) == 0o750
+    store.remove(session.id)
 
 
 def cli(*words: str, code: int = 0) -> str:

@@ -157,6 +157,7 @@ MAY = {
     "agentrun.zygote": {"posix_spawn"},
     "agentrun.burst.link": {"posix_spawn"},
     "agentrun.image.programs": {"posix_spawn"},  # zstd and skopeo, for `agentrun image`
+    "agentrun.cli.session": {"fork"},  # of a session
     "agentrun.probes.tracefs": {"unshare"},  # in the probes process, which is not the daemon
     "agentrun.egress.netns": {"setns"},  # in a thread that is started for it and ends there: test_egress.py counts them
 }

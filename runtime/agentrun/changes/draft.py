@@ -49,22 +49,11 @@ class Draft:
 
     def _dress_upper(self) -> None:
         """Overlay shows the upper directory's own attributes as those of the workspace."""
-        upper, base = os.open(self._path / "upper", DIRECTORY), clone_quietly(self._workspace)
+        base = clone_quietly(self._workspace)
         try:
-            with_rights = os.open(f"/proc/self/fd/{base}", DIRECTORY & ~os.O_NOFOLLOW)
-            try:
-                found = os.fstat(with_rights)
-                os.chown(upper, found.st_uid, found.st_gid)
-                for name in os.listxattr(with_rights):
-                    if counts(name):
-                        os.setxattr(upper, name, os.getxattr(with_rights, name))
-                os.chmod(upper, found.st_mode & 0o7777)
-                os.utime(upper, ns=(found.st_mtime_ns, found.st_mtime_ns))
-            finally:
-                os.close(with_rights)
+            dress_like(self._path / "upper", base)
         finally:
             os.close(base)
-            os.close(upper)
 
     def start(self) -> None:
         """Take the time: what is changed in the original from now on, the tool may or may not have seen."""
@@ -115,6 +104,22 @@ class Draft:
                 if fd >= 0:
                     os.close(fd)
             self.fd = self._lock = -1
+
+
+def dress_like(directory: Path, other: int) -> None:
+    """Give a directory the owner, mode, times and extended attributes of another, a descriptor."""
+    fd, with_rights = os.open(directory, DIRECTORY), os.open(f"/proc/self/fd/{other}", DIRECTORY & ~os.O_NOFOLLOW)
+    try:
+        found = os.fstat(with_rights)
+        os.chown(fd, found.st_uid, found.st_gid)
+        for name in os.listxattr(with_rights):
+            if counts(name):
+                os.setxattr(fd, name, os.getxattr(with_rights, name))
+        os.chmod(fd, found.st_mode & 0o7777)
+        os.utime(fd, ns=(found.st_mtime_ns, found.st_mtime_ns))
+    finally:
+        os.close(with_rights)
+        os.close(fd)
 
 
 def stamp(fd: int) -> int:

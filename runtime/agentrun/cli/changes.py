@@ -133,10 +133,11 @@ def _apply(source: Source, args: argparse.Namespace) -> int:
         opened.close()
     if report.complete:
         source.discard(changes.id, force=True)
-    return _report(changes, report, as_json=args.json)
+    return print_report(changes, report, as_json=args.json)
 
 
-def _report(changes: ChangeSet, report: Report, *, as_json: bool) -> int:
+def print_report(changes: ChangeSet, report: Report, *, as_json: bool) -> int:
+    """Say what came of applying; the exit status for it."""
     if as_json:
         conflicts = [{**path_to_json(conflict.path), "reason": conflict.reason} for conflict in report.conflicts]
         value = {"id": changes.id, "complete": report.complete, "applied": report.applied, "already": report.already}

@@ -9,8 +9,13 @@ import time
 
 import msgspec
 
+from agentrun.changes.model import to_json
+from agentrun.changes.patch import describe
+from agentrun.cli.changes import print_report
 from agentrun.policy import HOST
-from agentrun.session.store import Session, Sessions
+from agentrun.session.model import Session
+from agentrun.session.review import carry_over, look
+from agentrun.session.store import Sessions
 
 _ACTIONS = {
     "create": "make a session, and print its id; calls are made in it by agentrun exec --session ID",
@@ -19,6 +24,8 @@ _ACTIONS = {
     "snapshot": "remember a session as it is now, and print what the snapshot is called",
     "fork": "make another session that begins as this one is now, or as it was at a snapshot; print its id",
     "rollback": "have a session as it was at a snapshot, or at the last one; without any, as it was made",
+    "diff": "what its workspace has that the directory has not",
+    "apply": "write to the directory what the workspace has; exit status 1: something was changed meanwhile, and was left",
     "rm": "remove a session",
 }
 
@@ -38,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser, _verb: str) -> None:
             action.add_argument("id", metavar="ID")
         if name == "snapshot":
             action.add_argument("name", metavar="NAME", nargs="?", default="", help="what to call it; else s1, s2, …")
+        elif name == "apply":
+            action.add_argument("--force", action="store_true", help="overwrite files that were changed meanwhile")
         elif name in ("fork", "rollback"):
             action.add_argument("snapshot", metavar="SNAPSHOT", nargs="?", default="")
 
@@ -59,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
             return _print(args, session, name)
         case "fork":
             return _print(args, store.fork(args.id, args.snapshot))
+        case "diff":
+            changes = look(store, args.id)
+            print(json.dumps(to_json(changes), indent=2) if args.json else "\n".join(describe(changes)))
+            return 0
+        case "apply":
+            return print_report(*carry_over(store, args.id, force=args.force), as_json=args.json)
         case "rollback":
             _print(args, store.rollback(args.id, args.snapshot))
         case "rm":

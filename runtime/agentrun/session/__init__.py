@@ -4,6 +4,8 @@ A session is a stack of overlay layers above an image and above a workspace's di
 puts an empty one on top, so what is below does not change any more; a fork is another stack of the same layers; a rollback puts
 an empty layer on those of a snapshot. Nothing is ever copied, so each takes as long as making a few directories::
 
+    model     what a session is made of
     store     what is on disk: sessions and layers; who uses them, what nobody needs any more
+    review    what its workspace has that its directory has not
     mount     a session's layers → the root of a sandbox, and its workspace
 """

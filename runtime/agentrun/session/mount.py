@@ -14,7 +14,8 @@ from agentrun.errors import HostError, UsageError
 from agentrun.imageview import clone_layers
 from agentrun.overlay import mount_overlay
 from agentrun.rootfs import RootFs, move
-from agentrun.session.store import Session, Sessions
+from agentrun.session.model import Session
+from agentrun.session.store import Sessions
 from agentrun.workspace import owner_maps, with_mounter
 from agentrun.zygote import Zygote
 from agentrun_shim import syscalls as sc

@@ -24,11 +24,13 @@ from typing import Final
 
 import msgspec
 
+from agentrun.changes.draft import dress_like, stamp
 from agentrun.errors import HostError, UsageError
 from agentrun.image import locks
 from agentrun.image.shelf import default_root as image_root
 from agentrun.image.store import Store
 from agentrun.policy import HOST
+from agentrun.session.model import Session, layers_of, next_name
 from agentrun.tomltext import show
 from agentrun.workspace import Workspace, open_directory, real_path
 
@@ -39,33 +41,6 @@ _PATIENCE: Final = 1.0
 _TAG: Final = "agentrun-session/"
 _ID: Final = re.compile(r"[0-9a-f]{12}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """One session as it is now."""
-
-    id: str
-    image: str
-    """The id of the image below its root; ``host``: the root is the host's and read-only, only the workspace is kept."""
-    workspace: str = ""
-    """The directory below its workspace, which is never written to; empty: none."""
-    layers: tuple[str, ...] = ()
-    """Those that do not change any more, lowest first."""
-    upper: str
-    """Where calls write."""
-    snapshots: dict[str, tuple[str, ...]] = {}
-    """By name, in the order they were made: the layers of each."""
-    parent: str = ""
-    """The session it was forked from."""
-    caller: tuple[int, int] = (0, 0)
-    """The uid and gid whose rights the workspace is used with."""
-    created: float = 0.0
-    """Seconds since 1970."""
-
-    @property
-    def key(self) -> str:
-        """What its sandboxes are told apart by: another one after each snapshot and rollback."""
-        return f"{self.id}.{self.upper}"
 
 
 class Sessions:
@@ -106,9 +81,8 @@ class Sessions:
             if image != HOST:
                 image = self._keep_image(image, session_id)
             caller = os.geteuid(), os.getegid()
-            session = Session(
-                id=session_id, image=image, workspace=path, upper=self._new_layer(), caller=caller, created=time.time()
-            )
+            session = Session(id=session_id, image=image, workspace=path, upper="", caller=caller, created=time.time())
+            session = msgspec.structs.replace(session, upper=self._new_layer(session), since=self._stamp())
             self._write(session)
         return session
 
@@ -169,7 +143,7 @@ class Sessions:
             UsageError: calls run in it, the name is taken or none, or it has too many layers.
         """
         with self._exclusive(session_id) as session:
-            name = name or _next_name(session)
+            name = name or next_name(session)
             if not _NAME.fullmatch(name):
                 raise UsageError(f"session: {show(name)} is not a name for a snapshot (letters, digits, . _ -; at most 63)")
             if name in session.snapshots:
@@ -189,7 +163,7 @@ class Sessions:
             if snapshot:  # which does not change, whatever else the session does
                 stack.enter_context(self._changing(f"forking session {session_id}"))
                 source = self.get(session_id)
-                layers = _layers_of(source, snapshot)
+                layers = layers_of(source, snapshot)
             else:
                 source = self._freeze(stack.enter_context(self._exclusive(session_id)))
                 self._write(source)
@@ -199,10 +173,25 @@ class Sessions:
                 self._keep_image(source.image, fork_id)
             kept = {name: below for name, below in source.snapshots.items() if below == layers[: len(below)]}
             fork = msgspec.structs.replace(
-                source, id=fork_id, layers=layers, upper=self._new_layer(), snapshots=kept, parent=session_id, created=time.time()
+                source, id=fork_id, layers=layers, snapshots=kept, parent=session_id, created=time.time()
             )
+            fork = msgspec.structs.replace(fork, upper=self._new_layer(fork))
             self._write(fork)
         return fork
+
+    @contextlib.contextmanager
+    def alone(self, session_id: str) -> Iterator[Session]:
+        """A session for the length of a block in which no call runs in it, and nobody else changes anything.
+
+        Raises:
+            UsageError: there is none, or calls run in it.
+        """
+        with self._exclusive(session_id) as session:
+            yield session
+
+    def mark_applied(self, session: Session) -> None:
+        """The directory has been made what the workspace is, within ``alone``: what changes from now on is somebody's doing."""
+        self._write(msgspec.structs.replace(session, since=self._stamp()))
 
     def rollback(self, session_id: str, snapshot: str = "") -> Session:
         """Have a session as it was at a snapshot, or at the last one; without any, as it was made. Later snapshots stay.
@@ -213,8 +202,9 @@ class Sessions:
             UsageError: there is no such session or snapshot, or calls run in it.
         """
         with self._exclusive(session_id) as session:
-            layers = _layers_of(session, snapshot) if snapshot else next(reversed(session.snapshots.values()), ())
-            session = msgspec.structs.replace(session, layers=layers, upper=self._new_layer())
+            layers = layers_of(session, snapshot) if snapshot else next(reversed(session.snapshots.values()), ())
+            session = msgspec.structs.replace(session, layers=layers)
+            session = msgspec.structs.replace(session, upper=self._new_layer(session))
             self._write(session)
         return session
 
@@ -277,16 +267,33 @@ class Sessions:
             return session
         if len(session.layers) >= MOST_LAYERS:
             raise UsageError(f"session {session.id} has {MOST_LAYERS} layers, which is as many as there may be")
-        return msgspec.structs.replace(session, layers=(*session.layers, session.upper), upper=self._new_layer())
+        session = msgspec.structs.replace(session, layers=(*session.layers, session.upper))
+        return msgspec.structs.replace(session, upper=self._new_layer(session))
 
-    def _new_layer(self) -> str:
+    def _new_layer(self, session: Session) -> str:
+        """An empty layer to go on top of a session's. Its directories are what overlay shows the topmost of each tree as."""
         name = secrets.token_hex(8)
         new = self._tmp / name
         for part in ("root", "workspace"):
             for directory in ("upper", "work"):
                 (new / part / directory).mkdir(0o755, parents=True)
+        below = self.layer(session.layers[-1]) if session.layers else None
+        for part, lowest in (("root", ""), ("workspace", session.workspace)):
+            if below is not None or lowest:
+                fd = os.open(below / part / "upper" if below is not None else lowest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    dress_like(new / part / "upper", fd)
+                finally:
+                    os.close(fd)
         new.rename(self._layers / name)
         return name
+
+    def _stamp(self) -> int:
+        fd = os.open(self._tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return stamp(fd)
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def _changing(self, step: str) -> Iterator[None]:
@@ -364,17 +371,3 @@ def _workspace_path(path: str) -> str:
 
 def _tag(session_id: str) -> str:
     return f"{_TAG}{session_id}"
-
-
-def _layers_of(session: Session, snapshot: str) -> tuple[str, ...]:
-    if snapshot not in session.snapshots:
-        known = ", ".join(session.snapshots) or "none"
-        raise UsageError(f"session {session.id} has no snapshot {show(snapshot)} (known: {known})")
-    return session.snapshots[snapshot]
-
-
-def _next_name(session: Session) -> str:
-    number = len(session.snapshots) + 1
-    while f"s{number}" in session.snapshots:
-        number += 1
-    return f"s{number}"

@@ -1,0 +1,57 @@
+"""What a session is made of, as it is written down."""
+
+from __future__ import annotations
+
+import msgspec
+
+from agentrun.errors import UsageError
+from agentrun.tomltext import show
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One session as it is now."""
+
+    id: str
+    image: str
+    """The id of the image below its root; ``host``: the root is the host's and read-only, only the workspace is kept."""
+    workspace: str = ""
+    """The directory below its workspace, which is never written to; empty: none."""
+    layers: tuple[str, ...] = ()
+    """Those that do not change any more, lowest first."""
+    upper: str
+    """Where calls write."""
+    snapshots: dict[str, tuple[str, ...]] = {}
+    """By name, in the order they were made: the layers of each."""
+    parent: str = ""
+    """The session it was forked from."""
+    caller: tuple[int, int] = (0, 0)
+    """The uid and gid whose rights the workspace is used with."""
+    since: int = 0
+    """Nanoseconds: what was changed in the workspace's directory later than this, the session may not have seen."""
+    created: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def key(self) -> str:
+        """What its sandboxes are told apart by: another one after each snapshot and rollback."""
+        return f"{self.id}.{self.upper}"
+
+
+def layers_of(session: Session, snapshot: str) -> tuple[str, ...]:
+    """The layers of a snapshot.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if snapshot not in session.snapshots:
+        known = ", ".join(session.snapshots) or "none"
+        raise UsageError(f"session {session.id} has no snapshot {show(snapshot)} (known: {known})")
+    return session.snapshots[snapshot]
+
+
+def next_name(session: Session) -> str:
+    """A name for a snapshot that there is none of yet."""
+    number = len(session.snapshots) + 1
+    while f"s{number}" in session.snapshots:
+        number += 1
+    return f"s{number}"
