@@ -60,7 +60,7 @@ def test_another_user_sees_only_his_own(other):
         (known,) = eventually(daemon.calls)
         before = ask(op="status")["data"]
         assert before["running"] == 0
-        assert ask(op="ps")["data"] == {"calls": []}
+        assert ask(op="ps")["data"] == {"calls": [], "containers": []}
         assert ask(op="top")["data"]["calls"] == []
         assert ask(op="stats")["data"] == {"running": 0, "pools": {}}
         assert ask(op="kill", id=known["id"])["message"] == f"no call '{known['id']}' runs"
