@@ -88,7 +88,7 @@ class Bursts(_Request, frozen=True):
 class Changes(_Request, frozen=True, kw_only=True):
     """What is kept of calls in copy-on-write workspaces: list it; get one, to look at or to apply; discard one."""
 
-    action: Literal["list", "open", "take", "discard"]
+    action: Literal["list", "open", "take", "begin", "discard"]
     id: str = ""
     force: bool = False
 

@@ -183,10 +183,13 @@ def test_only_one_is_at_work_on_a_change_set(place):
     try:
         with pytest.raises(UsageError, match="it is being applied or discarded"):
             store.open(name, take=True)
-        with pytest.raises(UsageError, match="its applying was begun"):
+        with pytest.raises(UsageError, match="it is being applied or discarded"):
             store.discard(name)
+        store.begin_applying(name)
     finally:
         opened.close()
+    with pytest.raises(UsageError, match="its applying was begun"):
+        store.discard(name)
     store.discard(name, force=True)
     assert os.listdir(store.root) == ["lock"]
 

@@ -62,6 +62,7 @@ def apply(
     *,
     name: str,
     force: bool = False,
+    begin: Callable[[], None] = lambda: None,
     step: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Report:
     """Apply changes to the directory ``root``, with the rights of whoever calls this.
@@ -70,6 +71,7 @@ def apply(
         layers: what ``Node.layer`` numbers: directories with the new files.
         name: of the change set; in the names used beside what is replaced.
         force: overwrite files that were changed meanwhile; see ``check``.
+        begin: called when nothing is in the way, before anything is touched.
         step: told how far it is.
 
     Raises:
@@ -77,7 +79,7 @@ def apply(
         HostError: the change set is damaged.
         OSError: something cannot be written.
     """
-    return _Apply(changes, layers, root, name, force).run(step)
+    return _Apply(changes, layers, root, name, force).run(begin, step)
 
 
 class _Apply:
@@ -87,7 +89,7 @@ class _Apply:
         self._touched: set[bytes] = set()
         self._report = Report()
 
-    def run(self, step: Callable[[int, int], None]) -> Report:
+    def run(self, begin: Callable[[], None], step: Callable[[int, int], None]) -> Report:
         report = self._report
         if (problem := find_damage(self._changes, self._layers)) is not None:
             raise HostError(f"change set {self._name} is damaged: {problem}; nothing was applied")
@@ -97,6 +99,7 @@ class _Apply:
             report.conflicts += check(unit, self._layers, self._root, force=self._force)[1]
         if report.conflicts:
             return report
+        begin()
         report.begun = True
         for number, unit in enumerate(self._units):
             step(number, len(self._units))

@@ -26,6 +26,9 @@ class Source(Protocol):
     def open(self, name: str, *, take: bool = False) -> Opened:
         """One of them, to look at or to apply."""
 
+    def begin_applying(self, name: str) -> None:
+        """Remember that some of it may have been applied."""
+
     def discard(self, name: str, *, force: bool = False) -> str:
         """Throw one away; its id."""
 
@@ -45,6 +48,9 @@ class _Local:
 
     def open(self, name: str, *, take: bool = False) -> Opened:
         return self._store.open(name, take=take)
+
+    def begin_applying(self, name: str) -> None:
+        self._store.begin_applying(name)
 
     def discard(self, name: str, *, force: bool = False) -> str:
         return self._store.discard(name, force=force)
@@ -74,6 +80,9 @@ class _Remote:
             for fd in fds:
                 os.close(fd)
         return opened
+
+    def begin_applying(self, name: str) -> None:
+        self._ask("begin", name)
 
     def discard(self, name: str, *, force: bool = False) -> str:
         return str(self._ask("discard", name, force=force)[0]["id"])

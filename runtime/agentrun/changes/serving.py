@@ -39,6 +39,8 @@ def _answer(request: Changes, uid: int) -> tuple[dict[str, Any], list[int]]:
     store = Store()
     if request.action == "list":
         return {"changes": [summary(changes) | {"begun": store.begun(changes.id)} for changes in store.every(uid)]}, []
+    if request.action == "begin":
+        return {"id": store.begin_applying(request.id, uid)}, []
     if request.action == "discard":
         return {"id": store.discard(request.id, uid, force=request.force)}, []
     opened = store.open(request.id, uid, take=request.action == "take")

@@ -159,7 +159,7 @@ class Store:
         return changes
 
     def open(self, name: str, uid: int = 0, *, take: bool = False) -> Opened:
-        """A change set, to be read; or to be applied, which is then remembered, and nobody else may.
+        """A change set, to be read; or to be applied, which nobody else may then.
 
         Raises:
             UsageError: there is none, it is another user's, or somebody is at work on it.
@@ -172,8 +172,6 @@ class Store:
             if take:
                 opened.lock = self._lock(name)
                 self.read(name, uid)  # it may have gone before it was ours
-                with contextlib.suppress(FileExistsError):
-                    os.close(os.open(path / "applying", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             opened.upper = os.open(path / "upper", DIRECTORY)
         except OSError as error:
             opened.close()
@@ -191,6 +189,21 @@ class Store:
             os.close(lock)
             raise UsageError(f"change set {name}: it is being applied or discarded") from None
         return lock
+
+    def begin_applying(self, name: str, uid: int = 0) -> str:
+        """Remember that from now on some of it may have been applied; its id. For whoever has taken it.
+
+        Raises:
+            UsageError: there is none, or it is another user's.
+            HostError: there is no room for that.
+        """
+        name = self.resolve(name, uid)
+        try:
+            os.close(os.open(self.root / name / "applying", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            sync_directory(self.root / name)
+        except OSError as error:
+            raise HostError(f"change set {name}: {error.strerror} ({error.filename})") from error
+        return name
 
     def begun(self, name: str) -> bool:
         """Its applying was begun, and perhaps not finished."""

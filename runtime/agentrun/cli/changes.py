@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -123,7 +124,8 @@ def _apply(source: Source, args: argparse.Namespace) -> int:
         changes = opened.changes
         root = _open_workspace(changes)
         try:
-            report = apply(changes.changes, [opened.upper], root, name=changes.id, force=args.force)
+            begin = functools.partial(source.begin_applying, changes.id)
+            report = apply(changes.changes, [opened.upper], root, name=changes.id, force=args.force, begin=begin)
         except OSError as error:
             where = f" ({show_path(error.filename)})" if error.filename else ""
             raise HostError(f"change set {changes.id}: {error.strerror}{where}; apply it again to finish") from error
