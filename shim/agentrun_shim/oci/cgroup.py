@@ -98,6 +98,11 @@ def first_missing(path: str) -> str:
     return path
 
 
+def is_ours(path: str) -> bool:
+    """Whether we may make a cgroup at a path that is not there yet: what another user has to ask before."""
+    return os.access(os.path.dirname(first_missing(path)), os.W_OK)
+
+
 def enable(path: str) -> None:
     """Give a cgroup's children every controller it has. One that cannot be given is missed by whoever needs it."""
     try:

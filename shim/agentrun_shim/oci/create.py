@@ -50,6 +50,11 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
         raise OciError("--systemd-cgroup: cgroups made by systemd are not supported yet (use the cgroupfs manager)")
     if context.manager != "disabled":
         leaf = cgroup.place(linux.config.get("cgroupsPath") or "", name, rootless=context.rootless)
+        if context.rootless and not cgroup.is_ours(leaf):
+            if resources.to_files(linux.config.get("resources") or {}):
+                raise OciError(f"{leaf}: no cgroup was delegated to this user, so linux.resources cannot be enforced")
+            context.log.write("debug", f"{leaf}: no cgroup was delegated to this user: the container has none of its own")
+            leaf = ""
     request = Request(
         bundle, console=os.path.abspath(console) if console else None, no_pivot="no-pivot" in options,
         no_keyring="no-new-keyring" in options, waits=waits,
