@@ -20,6 +20,7 @@ from agentrun import AgentrunError, ExecutorConfig, open_executor
 from bench.contender import Contender, SubprocessRun, plain_spawn
 from bench.idle import Idle, measure_idle, print_idle
 from bench.latency import Latency, measure_latency, print_latency
+from bench.lifecycle import find_lifecycles
 from bench.machine import describe, more_descriptors, wait_quiet
 from bench.numbers import Report
 from bench.peers import BWRAP, CRUN, Peers, find_peers, install, no_leftovers
@@ -115,6 +116,7 @@ async def latency_part(
         client = await stack.enter_async_context(open_client(scratch, report))
         if client is not None:
             contenders.append(client)
+        contenders += await find_lifecycles(scratch, report)
         rows = await measure_latency(contenders, options.calls or (40 if options.quick else 300), options.seed)
         print_latency(rows, report)
         for library in libraries:

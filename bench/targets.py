@@ -8,6 +8,7 @@ import msgspec
 
 from bench.idle import Idle
 from bench.latency import Latency
+from bench.lifecycle import OURS
 from bench.numbers import Report
 from bench.peers import BWRAP
 from bench.subjects import EXEC, LIBRARY
@@ -44,6 +45,13 @@ def evaluate(latency: Sequence[Latency], throughput: Sequence[Throughput], idle:
             client.summary.p50 if client and client.summary else None, bwrap.summary.p50 if bwrap and bwrap.summary else None,
         ),
     ]  # fmt: skip
+    oci, runc = rows.get(OURS), rows.get("runc create+start+delete")
+    targets.append(
+        _most(
+            f"{OURS} p50 < runc's", 1.0,
+            oci.summary.p50 if oci and oci.summary else None, runc.summary.p50 if runc and runc.summary else None,
+        )
+    )  # fmt: skip
     rates = {row.name: row.rate for row in throughput if row.workers == WORKERS}
     ours, theirs = rates.get(LIBRARY), rates.get(BWRAP)
     text = f"agentrun library calls/s, {WORKERS} workers >= 1.5 x bubblewrap"
