@@ -332,6 +332,38 @@ async def workspace_on_tmpfs(executor: Executor) -> str:
     return f"refused: {message}"
 
 
+@check
+async def copy_on_write_on_ext4(executor: Executor) -> str:
+    """Overlay over idmapped layers; on kernels that want them attached, too. All that it leaves is in the store, and applied."""
+    directory, store = made(EXT4 / "cow"), made(EXT4 / "changes")
+    os.environ["AGENTRUN_CHANGES"] = str(store)
+    for name in ("kept", "edited", "gone"):
+        (directory / name).write_text(name)
+    (directory / "tree" / "inner").mkdir(parents=True)
+    (directory / "tree" / "inner" / "file").write_text("file")
+    before = {str(path): path.lstat() for path in directory.rglob("*")}
+    script = "echo more >> edited; rm -r gone tree; mkdir new tree; echo x > new/file; ln -s file new/link; stat -c ' %u:%g' new"
+    result = await executor.run(["sh", "-c", script], workspace=Workspace(str(directory), "cow"))
+    assert result.ok, result
+    assert result.stdout == b" 1000:1000\n", result
+    assert {str(path): path.lstat() for path in directory.rglob("*")} == before
+    assert result.changes is not None, result
+    counts = (result.changes.added, result.changes.modified, result.changes.deleted)
+    assert counts == (3, 1, 3), result.changes
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = cli.main(["apply", result.changes.id])
+    assert code == 0, said.getvalue()
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*")}
+    assert found == {"kept", "edited", "tree", "new", "new/file", "new/link"}, found
+    assert (directory / "edited").read_text() == "editedmore\n"
+    owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in directory.rglob("*")}
+    assert owners == {(os.geteuid(), os.getegid())}, owners
+    left = [path.name for path in store.iterdir()]
+    assert left == ["lock"], left
+    return f"{result.changes}; in {result.timings.total:.3f} s"
+
+
 # --- in a process of its own ----------------------------------------------------------------------------------
 
 

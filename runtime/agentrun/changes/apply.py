@@ -29,6 +29,7 @@ from agentrun.changes.beneath import (
     opened,
     rename,
     split,
+    sync_file_system,
 )
 from agentrun.changes.build import build, dress, remove_tree
 from agentrun.changes.check import Conflict, State, check, differences, find_damage, is_new
@@ -37,6 +38,10 @@ from agentrun.changes.units import Unit, make_units
 from agentrun.errors import HostError, UsageError
 
 _CANNOT_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS)
+_AT_ONCE: Final = 256
+"""Units that are made before the first of them is put into its place."""
+_MANY: Final = 32
+"""From so many new entries on, the whole file system is synced once instead of each of them."""
 
 
 class Report(msgspec.Struct):
@@ -101,21 +106,48 @@ class _Apply:
             return report
         begin()
         report.begun = True
-        for number, unit in enumerate(self._units):
+        for number in range(0, len(self._units), _AT_ONCE):
             step(number, len(self._units))
-            state, conflicts = check(unit, self._layers, self._root, force=self._force)
-            if state is State.TODO:
-                conflicts = self._carry_out(unit)
-            report.already += state is State.DONE
-            report.applied += state is State.TODO and not conflicts
-            report.conflicts += conflicts
-            self._touched.add(split(unit.path)[0])
+            some = self._units[number : number + _AT_ONCE]
+            self._build(some)
+            for unit in some:
+                self._finish(unit)
         for path in self._touched:
             # One that has gone is somebody's doing, and was reported if anything of ours went with it.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self._root, path, DIRECTORY) as fd:
                 os.fsync(fd)
         step(len(self._units), len(self._units))
         return report
+
+    def _build(self, units: Sequence[Unit]) -> None:
+        """Make what is new of some units, and have it on the disk, all of it at once where that is cheaper."""
+        units = [unit for unit in units if unit.new is not None and not unit.attributes]
+        one_by_one = sum(1 + len(unit.inner) for unit in units) < _MANY
+        for unit in units:
+            if check(unit, self._layers, self._root, force=self._force)[0] is State.TODO:
+                with opened(self._root, split(unit.path)[0], DIRECTORY) as parent:
+                    build(unit, self._layers, parent, self._names(unit)[0], sync=one_by_one)
+        if not one_by_one:
+            with opened(self._root, b"", DIRECTORY) as fd:
+                sync_file_system(fd)
+
+    def _finish(self, unit: Unit) -> None:
+        report = self._report
+        state, conflicts = check(unit, self._layers, self._root, force=self._force)
+        if state is State.TODO:
+            conflicts = self._carry_out(unit)
+        elif unit.new is not None and not unit.attributes:
+            self._drop_part(unit)
+        report.already += state is State.DONE
+        report.applied += state is State.TODO and not conflicts
+        report.conflicts += conflicts
+        self._touched.add(split(unit.path)[0])
+
+    def _drop_part(self, unit: Unit) -> None:
+        """What was made is not wanted any more: somebody was faster."""
+        above = split(unit.path)[0]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self._root, above, DIRECTORY) as parent:
+            remove_tree(parent, self._names(unit)[0])
 
     def _names(self, unit: Unit) -> tuple[bytes, bytes, bytes]:
         """Where it is made, where it waits, and its own."""
@@ -142,8 +174,6 @@ class _Apply:
 
     def _put(self, unit: Unit, parent: int) -> list[Conflict]:
         part, new, name = self._names(unit)
-        remove_tree(parent, part)
-        build(unit, self._layers, parent, part)
         rename(parent, part, new, RENAME_NOREPLACE)
         if look_at(parent, name) is None:
             try:

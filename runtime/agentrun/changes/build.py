@@ -8,27 +8,24 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
-from agentrun.changes.beneath import DIRECTORY, FILE, join, look_at, open_beneath, opened, split, sync_file_system
-from agentrun.changes.nodes import Node, counts
+from agentrun.changes.beneath import DIRECTORY, FILE, HANDLE, join, look_at, open_beneath, opened, split
+from agentrun.changes.nodes import Node, counts, kind_of
 from agentrun.changes.units import Unit
 from agentrun.errors import HostError
 
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK: Final = 1 << 20
-_MANY: Final = 32
-"""From so many files on, the whole file system is synced once instead of each of them."""
 _MAKERS: Final = {"p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
 
-def build(unit: Unit, layers: Sequence[int], directory: int, name: bytes) -> None:
-    """Make what the unit puts somewhere as ``name`` in an open directory.
+def build(unit: Unit, layers: Sequence[int], directory: int, name: bytes, *, sync: bool) -> None:
+    """Make what the unit puts somewhere as ``name`` in an open directory; with ``sync``, have it on the disk.
 
     Raises:
         HostError: what is kept is not what it was when the call ended.
         OSError: it cannot be made.
     """
     assert unit.new is not None
-    one_by_one = len(unit.inner) < _MANY
     directories = []
     for path, node in ((unit.path, unit.new), *unit.inner.items()):
         above, last = split(name + path[len(unit.path) :])
@@ -37,14 +34,12 @@ def build(unit: Unit, layers: Sequence[int], directory: int, name: bytes) -> Non
                 os.mkdir(last, 0o700, dir_fd=fd)
                 directories.append((join(above, last), node))
             else:
-                _make(node, path, layers, fd, last, sync=one_by_one)
+                _make(node, path, layers, fd, last, sync=sync)
     for path, node in reversed(directories):  # what is written into one changes its time, and may not be allowed any more
         with opened(directory, path, DIRECTORY) as fd:
             dress(fd, node)
-            if one_by_one:
+            if sync:
                 os.fsync(fd)
-    if not one_by_one:
-        sync_file_system(directory)
 
 
 def _make(node: Node, path: bytes, layers: Sequence[int], directory: int, name: bytes, *, sync: bool) -> None:
@@ -66,12 +61,19 @@ def _make(node: Node, path: bytes, layers: Sequence[int], directory: int, name: 
         os.mknod(name, _MAKERS[node.kind] | 0o600, dir_fd=directory)
     else:
         raise OSError(errno.EPERM, "devices are not applied", os.fsdecode(path))
-    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    if (found.st_uid, found.st_gid) != (node.uid, node.gid):
-        os.chown(name, node.uid, node.gid, dir_fd=directory, follow_symlinks=False)
-    if node.kind != "l":
-        os.chmod(name, node.mode, dir_fd=directory)
-    os.utime(name, ns=(node.mtime, node.mtime), dir_fd=directory, follow_symlinks=False)
+    # By name it could be something else by now, a link to what is not ours, if others may write to this directory.
+    fd = os.open(name, HANDLE, dir_fd=directory)
+    try:
+        found, itself = os.fstat(fd), f"/proc/self/fd/{fd}"
+        if kind_of(found) != node.kind or found.st_nlink != 1:
+            raise OSError(errno.ESTALE, "somebody replaced it while it was made", os.fsdecode(path))
+        if (found.st_uid, found.st_gid) != (node.uid, node.gid):
+            os.chown(itself, node.uid, node.gid)
+        if node.kind != "l":
+            os.chmod(itself, node.mode)
+        os.utime(itself, ns=(node.mtime, node.mtime))
+    finally:
+        os.close(fd)
 
 
 def _check_source(node: Node, path: bytes, found: os.stat_result) -> None:

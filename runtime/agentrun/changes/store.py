@@ -234,8 +234,9 @@ class Store:
     def remove(self, path: Path) -> None:
         """Remove what is ours alone. Without its manifest it is nothing any more, however far we come."""
         try:
-            (path / "manifest").unlink(missing_ok=True)
-            sync_directory(path)
+            with contextlib.suppress(FileNotFoundError):
+                (path / "manifest").unlink()
+                sync_directory(path)
             remove_deep(path)
         except OSError as error:
             raise HostError(f"change store: removing {path}: {error.strerror} ({error.filename})") from error
