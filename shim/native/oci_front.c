@@ -121,8 +121,11 @@ static bool package(const char *dir, char *into, const char *end) {
     static const char *const kinds[] = {"/site-packages", "/dist-packages"};
     char base[PATH_ROOM], *stop = base + sizeof base, list[4096] __attribute__((aligned(8)));
     struct entry { uint64_t ino; int64_t off; uint16_t len; uint8_t type; char name[]; };
-    str_add(str_add(base, stop, dir), stop, "/../..");
-    if (is_package(base, into, end)) return true;
+    static const char *const near[] = {"/../..", "/.."};  // a checkout or the package itself; `pip install --target`
+    for (unsigned i = 0; i < 2; i++) {
+        str_add(str_add(base, stop, dir), stop, near[i]);
+        if (is_package(base, into, end)) return true;
+    }
     for (unsigned i = 0; i < 2; i++) {
         char *lib = str_add(str_add(base, stop, dir), stop, prefixes[i]);
         long fd = sys_openat(AT_FDCWD, base, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0), n;

@@ -3,6 +3,7 @@
 
 import email
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -55,7 +56,8 @@ def test_both_packages_are_whole(names):
 def test_the_native_programs(wheel, names):
     assert "agentrun_shim/_native/agentrun-slot" in names
     with zipfile.ZipFile(wheel) as archive:
-        for name in ("agentrun_shim/_native/agentrun-slot", "agentrun-0.1.0.data/scripts/agentrun"):
+        scripts = [f"agentrun-0.1.0.data/scripts/{name}" for name in ("agentrun", "agentrun-oci")]
+        for name in ("agentrun_shim/_native/agentrun-slot", "agentrun_shim/_native/agentrun-oci", *scripts):
             assert archive.read(name)[:4] == b"\x7fELF"
             assert archive.getinfo(name).external_attr >> 16 & 0o111 == 0o111, f"{name} is not executable"
 
@@ -111,3 +113,7 @@ def test_what_was_installed_from_it_runs(wheel, tmp_path):
     assert (done.stdout, done.stderr) == (f"{tmp_path}/agentrun/_data/policies/seccomp/default.json 0\n", "")
     usage = subprocess.run([tmp_path / "bin" / "agentrun", "exec", "--help"], capture_output=True, text=True)
     assert (usage.returncode, usage.stdout[:20]) == (0, "usage: agentrun exec")
+    # The OCI runtime finds its package from where it is, without PATH, HOME and PYTHONPATH.
+    done = subprocess.run([tmp_path / "bin" / "agentrun-oci", "features"], cwd="/", env={}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["ociVersionMin"] == "1.0.0"

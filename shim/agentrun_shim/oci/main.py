@@ -129,3 +129,7 @@ def _native_usage(options: Options) -> str:
     if options.operands:
         check_id(options.operands[0])
     return f"{options.verb}: a container id is needed{', and at most one signal' if options.verb == 'kill' else ''}"
+
+
+if __name__ == "__main__":
+    main()
