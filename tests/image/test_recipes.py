@@ -2,12 +2,18 @@
 """The shipped recipes, built from the machine's Debian archive: the tools work, and two builds are the same to the bit."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from agentrun.image.manifest import decode
-from tests.image.support import image
+from agentrun.image.store import Store
+from tests.image.support import image, need
 
 ALL = os.environ.get("AGENTRUN_TEST_RECIPES") == "all"
 
@@ -30,7 +36,7 @@ def test_python(store, inside, python):
     assert store.find(python).config.env[1:] == ("LANG=C.UTF-8",)
 
 
-@pytest.mark.skipif(not ALL, reason="its hundreds of packages take minutes; AGENTRUN_TEST_RECIPES=all")
+@pytest.mark.skipif(not ALL, reason="its hundreds of packages take a minute; AGENTRUN_TEST_RECIPES=all")
 def test_node(store, inside):
     image(store, "build", "node")
     inside.can("node", "node", "apt", "git")
@@ -55,6 +61,84 @@ def differences(store, *names):
     """What to look at where two builds are not the same."""
     one, other = (manifest(store, name) for name in names)
     return [path for path in one.keys() | other.keys() if one.get(path) != other.get(path)][:20]
+
+
+OWN = """
+name = "own"
+description = "Everything a recipe may have."
+suite = "bookworm"
+variant = "essential"
+date = 2024-05-06
+exclude = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"]
+include = ["/usr/share/doc/dash/*"]
+run = ["echo 'it''s $HOME' > /srv/said", "echo worker:x:77:77::/work:/bin/sh >> /etc/passwd; mkdir /work; chown 77 /work"]
+
+[config]
+env = { PATH = "/bin", GREETING = "hello there" }
+workdir = "/work"
+user = "worker"
+entrypoint = ["env", "ENTERED=1"]
+labels = { kind = "test" }
+"""
+
+
+def test_a_recipe_of_ones_own(store, inside, tmp_path):
+    need("mmdebstrap")
+    (tmp_path / "image.toml").write_text(OWN)
+    image(store, "build", tmp_path)
+    script = "echo $GREETING $ENTERED; pwd; id -un; cat /srv/said; ls /usr/share/doc; stat -c %U /work"
+    said = inside("own", "sh", "-c", script).split("\n")
+    assert said[:6] == ["hello there 1", "/work", "worker", "its $HOME", "dash", "worker"]
+    found = store.find("own")
+    assert found.config.labels["kind"] == "test"
+    assert '"created":"2024-05-06T00:00:00Z"' in found.document
+    files = {path.decode() for path in manifest(store, "own")}
+    assert "usr/share/doc/dash/copyright" in files
+    assert "usr/share/doc/bash/copyright" not in files
+    assert "usr/bin/apt" not in files
+
+
+def test_a_recipe_that_cannot_be_built(store, tmp_path):
+    need("mmdebstrap")
+    path = tmp_path / "bad.toml"
+    path.write_text(OWN.replace('variant = "essential"', 'packages = ["no-such-thing"]'))
+    said = image(store, "build", path, code=125)
+    assert "building own: " in said
+    assert "Unable to locate package no-such-thing" in said
+    path.write_text(OWN.replace("2024", "2095"))
+    assert "date: 2095-05-06 is after today" in image(store, "build", path, code=2)
+    assert list(store.root.glob("tmp/*")) == []
+
+
+@pytest.mark.skipif(not ALL, reason="has to build it first; AGENTRUN_TEST_RECIPES=all")
+def test_a_command_that_fails(store, tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text(OWN.replace("mkdir /work;", "mkdir /no/where;"))
+    assert "/no/where" in (said := image(store, "build", path, code=125))
+    assert "No such file or directory | E: " in said
+
+
+@pytest.mark.parametrize(("how", "when"), [(signal.SIGINT, "etc"), (signal.SIGKILL, "usr/bin/dpkg")])
+def test_a_build_that_is_ended(tmp_path, how, when):
+    """What it had started goes with it, and what it had written with whoever is next."""
+    need("mmdebstrap")
+    store = Store(tmp_path / "store")
+    command = [sys.executable, "-m", "agentrun.cli", "image", "build", "debian-slim"]
+    with subprocess.Popen(command, env={**os.environ, "AGENTRUN_IMAGES": str(store.root)}, stderr=subprocess.PIPE) as build:
+        end = time.monotonic() + 60
+        while not list(store.root.glob(f"tmp/*/root/{when}")):
+            assert time.monotonic() < end
+            assert build.poll() is None
+            time.sleep(0.1)
+        build.send_signal(how)
+        assert build.wait(20) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    end = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", f"TMPDIR={store.root}|{store.root}/tmp"], capture_output=True, check=False).stdout:
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.1)
+    assert store.prune().layers == ()
+    assert list(store.root.glob("tmp/*")) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
 
 
 @pytest.mark.parametrize("name", ["debian", "python"])

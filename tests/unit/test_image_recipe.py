@@ -3,6 +3,7 @@
 
 import datetime
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,10 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["image", "build", str(path)]) == 2
     assert f'{path}: packages[0]: "G!T" is not the name' in capsys.readouterr().err
     path.write_text(GOOD)
+    if os.geteuid() != 0:
+        assert main(["image", "build", str(path)]) == 125
+        assert "only root" in capsys.readouterr().err
+        return
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["image", "build", str(path)]) == 125
     assert "apt-get install mmdebstrap" in capsys.readouterr().err
@@ -121,7 +126,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- the machine's own archive
 
-OS_RELEASE = 'PRETTY_NAME="Debian"\nVERSION_CODENAME=bookworm\n'
+OS_RELEASE = 'PRETTY_NAME="Debian"\nID=debian\nVERSION_CODENAME=bookworm\n'
 STANZAS = """\
 # the mirror
 Types: deb deb-src
@@ -189,10 +194,17 @@ def test_lines(etc):
 
 def test_a_machine_without_an_archive(etc):
     (etc / "apt/sources.list").write_text("deb mirror://vendor bookworm stable\n")
-    with pytest.raises(HostError, match="has no Debian archive for bookworm"):
+    with pytest.raises(HostError, match="has no archive of Debian bookworm; give the recipe"):
+        debian_sources("bookworm", etc)
+
+
+def test_a_machine_that_is_no_debian(etc):
+    (etc / "apt/sources.list").write_text(LINES.replace("bookworm", "noble"))
+    (etc / "os-release").write_text("ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n")
+    with pytest.raises(HostError, match="has no archive of Debian; give the recipe"):
         debian_sources("bookworm", etc)
     (etc / "os-release").unlink()
-    with pytest.raises(HostError, match="has no Debian archive for its release"):
+    with pytest.raises(HostError, match="has no archive of Debian;"):
         debian_sources("bookworm", etc)
 
 

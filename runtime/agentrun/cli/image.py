@@ -213,6 +213,6 @@ def _progress() -> Iterator[Report]:
             elif now - last[what] < 0.05 and done != total:  # told at every block; nobody sees more than this
                 return
             last[what] = now
-            bars.update(tasks[what], completed=done)
+            bars.update(tasks[what], completed=done, total=total, visible=total != 0)
 
         yield report

@@ -42,17 +42,17 @@ def debian_sources(suite: str, etc: Path = Path("/etc")) -> list[str]:
     Raises:
         HostError: it has no Debian archive.
     """
-    own = _codename(etc)
+    own = _codename(etc)  # of another distribution the archive has no Debian, whatever its suites are called
     found: list[AptSource] = []
     for source in _read_all(etc / "apt"):
         base, suffix = _split_suite(source.suite)
-        if base in (own, suite) and "main" in source.components:
+        if own and base in (own, suite) and "main" in source.components:
             other = msgspec.structs.replace(source, suite=suite + suffix)
             if other not in found:
                 found.append(other)
     if not any(_split_suite(source.suite)[1] == "" for source in found):
         raise HostError(
-            f"apt of this machine ({etc}/apt/sources.list*) has no Debian archive for {own or 'its release'};"
+            f"apt of this machine ({etc}/apt/sources.list*) has no archive of {f'Debian {own}' if own else 'Debian'};"
             ' give the recipe lines of one: sources = ["deb URI suite main"]'
         )
     return [source.line() for source in found]
@@ -64,11 +64,13 @@ def acquire_settings(dumped: str) -> list[str]:
 
 
 def _codename(etc: Path) -> str:
+    """The machine's release of Debian; empty if it is no Debian."""
     try:
         words = shlex.split((etc / "os-release").read_text(), comments=True)
     except (OSError, ValueError):
         return ""
-    return dict(word.partition("=")[::2] for word in words).get("VERSION_CODENAME", "")
+    known = dict(word.partition("=")[::2] for word in words)
+    return known.get("VERSION_CODENAME", "") if known.get("ID") == "debian" else ""
 
 
 def _split_suite(suite: str) -> tuple[str, str]:

@@ -4,7 +4,8 @@ The same recipe gives the same layer, bit for bit, for as long as the archive ha
 the recipe's date, names are sorted, and what a build leaves behind by accident (logs, caches, ids of a machine, the host's
 resolver) is taken out. Device nodes as well: an image has none.
 
-It runs in mount and pid namespaces of its own, so whatever it mounts or starts is gone when it ends, however it ends.
+It runs in mount and pid namespaces of its own, so whatever it mounts or starts is gone when it ends, however it ends; and it ends
+when we do.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from agentrun.image.recipe import Recipe
 from agentrun.image.streams import Blob
 from agentrun.tomltext import printable
 
-_ALONE: Final = ("unshare", "--mount", "--propagation", "private", "--pid", "--mount-proc", "--fork", "--kill-child")
+_ALONE: Final = (
+    "setpriv", "--pdeathsig", "KILL",
+    "unshare", "--mount", "--propagation", "private", "--pid", "--mount-proc", "--fork", "--kill-child",
+)  # fmt: skip
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSED: Final = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _TAIL: Final = 1600
@@ -43,7 +47,8 @@ _SCRIPT: Final = r"""
 set -eu
 root=$1 tar=$2
 shift 2
-"$@" >&2
+"$@"
+echo "I: packing"
 cd "$root"
 rm -f etc/resolv.conf etc/hostname etc/apt/apt.conf.d/99mmdebstrap etc/apt/sources.list etc/apt/sources.list.d/*
 rm -f etc/passwd- etc/group- etc/shadow- etc/gshadow- etc/subuid- etc/subgid- etc/.pwd.lock
@@ -71,17 +76,19 @@ def build_recipe(recipe: Recipe, work: Work, report: Report) -> Built:
     """Build it in a directory of the store's scratch space.
 
     Raises:
-        HostError: a program for it is missing or fails, or the machine's apt has no Debian archive.
+        HostError: a program for it is missing or fails, the machine's apt has no Debian archive, or we are not root.
         UsageError: SOURCE_DATE_EPOCH is no number.
     """
+    if os.geteuid() != 0:
+        raise HostError(f"building {recipe.name}: only root can make files of other owners; sudo agentrun image build")
     programs.find("mmdebstrap")
     epoch = _epoch(recipe)
     root, tar, log, sources, settings = (work.path / name for name in ("root", "root.tar", "log", "sources.list", "apt.conf"))
     sources.write_text("".join(f"{line}\n" for line in recipe.sources or debian_sources(recipe.suite)))
     settings.write_text("".join(f"{line}\n" for line in acquire_settings(programs.run(["apt-config", "dump"]))))
     words = [
-        "mmdebstrap", f"--mode={'root' if os.geteuid() == 0 else 'unshare'}", f"--variant={recipe.variant}",
-        "--format=directory", f"--logfile={log}", f"--aptopt={settings}", f"--include={','.join(recipe.packages)}",
+        "mmdebstrap", "--mode=root", "--format=directory", f"--variant={recipe.variant}", f"--aptopt={settings}",
+        *([f"--include={','.join(recipe.packages)}"] if recipe.packages else []),
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in recipe.exclude),
         *(f"--dpkgopt=path-include={pattern}" for pattern in recipe.include),
         *(f"--customize-hook={_in_root(command)}" for command in recipe.run),
@@ -91,16 +98,28 @@ def build_recipe(recipe: Recipe, work: Work, report: Report) -> Built:
     variables = {
         "PATH": _PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", "TMPDIR": str(work.path), "SOURCE_DATE_EPOCH": str(epoch), **passed,
     }  # fmt: skip
-    alone = _ALONE if os.geteuid() == 0 else ()
     settled = [f"{name}={value}" for name, value in variables.items()]
     try:
         programs.run(
-            [*alone, "env", "-i", *settled, "sh", "-c", _SCRIPT, "build", str(root), str(tar), *words],
-            _progress(recipe, log, report),
+            [
+                *_ALONE,
+                "env",
+                "-i",
+                *settled,
+                "sh",
+                "-c",
+                f"exec >{shlex.quote(str(log))} 2>&1\n{_SCRIPT}",
+                "build",
+                str(root),
+                str(tar),
+                *words,
+            ],
+            _progress(log, report),
             keep=work.lock,
         )
     except HostError as error:
         raise HostError(f"building {recipe.name}: {_reason(log) or error}") from error
+    report("packing", 0, 0)
     digest = _digest(tar, recipe, report)
     return Built(Packed(Blob(str(tar), recipe.name), digest), _document(recipe, digest, epoch))
 
@@ -121,16 +140,18 @@ def _in_root(command: str) -> str:
     return f'chroot "$1" sh -euc {shlex.quote(command)}'
 
 
-def _progress(recipe: Recipe, log: Path, report: Report) -> Callable[[], None]:
+def _progress(log: Path, report: Report) -> Callable[[], None]:
     """Tells of the step that mmdebstrap is at, by its log."""
     said = ""
 
     def look() -> None:
         nonlocal said
-        steps = [line.removeprefix("I: ") for line in _read(log).splitlines() if line.startswith("I: ")]
+        steps = [line.removeprefix("I: ").rstrip(".") for line in _read(log).splitlines() if line.startswith("I: ")]
         if steps and steps[-1] != said:
+            if said:
+                report(said, 0, 0)
             said = steps[-1]
-            report(f"{recipe.name}: {said}", 0, None)
+            report(said, 0, None)
 
     return look
 
@@ -143,20 +164,21 @@ def _read(log: Path) -> str:
 
 
 def _reason(log: Path) -> str:
-    """What failed: from apt's or mmdebstrap's first error on, else the end of what was said."""
-    lines = [line for line in _read(log).splitlines() if line.strip()]
-    first = next((number for number, line in enumerate(lines) if line.startswith("E: ")), max(0, len(lines) - 8))
-    return printable(" | ".join(lines[first:]))[:_TAIL]
+    """What failed: apt's or mmdebstrap's errors and what was said just before the first, else the end of what was said."""
+    lines = [line for line in _read(log).splitlines() if line.strip() and not line.startswith(("I: ", "W: Download"))]
+    first = next((number for number, line in enumerate(lines) if line.startswith("E: ")), len(lines) - 5)
+    return printable(" | ".join(lines[max(0, first - 3) :]))[:_TAIL]
 
 
 def _digest(tar: Path, recipe: Recipe, report: Report) -> str:
+    what = f"{recipe.name}: its digest"
     digest = hashlib.sha256()
     total, done = tar.stat().st_size, 0
     with tar.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
             done += len(chunk)
-            report(f"{recipe.name}: reading it", done, total)
+            report(what, done, total)
     return f"sha256:{digest.hexdigest()}"
 
 

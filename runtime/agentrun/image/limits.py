@@ -16,7 +16,7 @@ from agentrun.tomltext import show_path
 from agentrun.units import GIB, MIB, show_size
 
 Report = Callable[[str, int, int | None], None]
-"""Told now and then what is being worked on, how many bytes of it are done, and of how many if that is known."""
+"""Told now and then what is being worked on, how many bytes of it are done, and of how many, if that is known. 0 of 0: over."""
 
 NO_SPECIAL = "an image has no devices, FIFOs and sockets (--skip-special leaves them out)"
 
