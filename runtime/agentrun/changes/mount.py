@@ -39,7 +39,7 @@ def mount_changes(dirfd: int, path: str, kept: int, *, lower: int, upper: int) -
     return mount
 
 
-_WHERE = "the store of changes has to be on ext4, xfs or btrfs, or on tmpfs since Linux 6.6 (AGENTRUN_CHANGES)"
+_WHERE = "the store of changes has to be on ext4, xfs or btrfs, or on tmpfs since Linux 6.3 (AGENTRUN_CHANGES)"
 
 
 def _clone_kept(kept: int, userns: int) -> int:
