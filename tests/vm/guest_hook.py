@@ -70,9 +70,10 @@ class Lab:
         self.daemon: Daemon
         self.start_daemon()
 
-    def start_daemon(self, config: str = "") -> None:
-        self.daemon = Daemon(self.directory / "daemon", config=f"probes = true\npool_least = 0\n{config}")
-        eventually(lambda: self.status()["memory"]["hook"], "programs in the kernel", 60)
+    def start_daemon(self, *, probes: bool = True) -> None:
+        self.daemon = Daemon(self.directory / "daemon", config=f"probes = {str(probes).lower()}\npool_least = 0")
+        mode = self.status()["memory"]["mode"]
+        assert mode == ("controller+bpf" if probes else "controller"), mode
         threading.Thread(target=self._follow, daemon=True).start()
         eventually(lambda: self._news.exists() and b"listening" in self._news.read_bytes(), "bursts", 60)
 
@@ -177,6 +178,8 @@ def a_hog_is_killed_at_its_budget(lab: Lab, runtime: str) -> str:
 
 @check
 def a_burst_within_its_allowance_is_granted(lab: Lab, runtime: str) -> str:
+    if runtime != "crun":
+        return "the governor is the daemon's: once is enough"
     container = lab.run(runtime, ["/bin/hog", "anon", "128"], policy="hook-burst")
     eventually(lambda: not container.is_running(), "the end of the hog", 60)
     rungs = lab.rungs(container.name)
@@ -190,7 +193,7 @@ def a_burst_within_its_allowance_is_granted(lab: Lab, runtime: str) -> str:
 @check
 def every_rung_is_reached_and_bounded(lab: Lab, runtime: str) -> str:
     if runtime != "crun":
-        return "the ladder is the daemon's: once is enough"
+        return "so is the ladder"
     began = time.monotonic()
     container = lab.run(runtime, ["/bin/hog", "anon", "256"], policy="hook-steps")
     eventually(lambda: "killed" in lab.rungs(container.name), "the end of the ladder", 40)
@@ -219,6 +222,7 @@ def set_up_is_recorded(lab: Lab, runtime: str) -> str:
 
 @check
 def an_engines_tighter_limit_stays(lab: Lab, runtime: str) -> str:
+    """Each runtime has its own time to write it: before the hook, or what the policy says would not hold."""
     container = lab.run(runtime, IDLE, 32 * MIB, policy="hook-burst")
     cgroup = container.cgroup(MOUNT)
     row = lab.listed(container.name)
@@ -396,7 +400,7 @@ def main(names: Sequence[str]) -> None:
             said, container = static_limits_without_a_daemon(lab, runtime)
             details.append(said)
             left.append(container)
-    lab.start_daemon("phases = false")
+    lab.start_daemon(probes=False)  # the controller alone has to do: programs take seconds to compile
     with verdict("what_is_below_a_container_counts_too") as details:
         details.append(what_is_below_a_container_counts_too(lab))
     with verdict("the_next_daemon_takes_over") as details:
