@@ -34,6 +34,7 @@ LOOK = 1.0
 MOST, MOST_OF_ONE = 4096, 256
 _NAME = re.compile(r"[A-Za-z0-9_.+:-]{1,1024}")
 _COUNTED = frozenset({"memory.max", "memory.high"})
+_TOO_MANY = "programs in the kernel watch cgroups at four levels of the tree, and there are some at so many"
 _log = logging.getLogger("agentrun")
 
 
@@ -136,9 +137,14 @@ class Containers:
                 self._drop(other)
         container = Container(leaf, record, policy)
         container.limits, container.notes = governed(policy.limits, merged, record.found, counted=counted)
-        watched = governor.adopt(leaf, record.tenant, container.limits)
-        if not watched and not self._without_programs(container):
-            unenforced += (Unenforced("memory.max", "containers are at too many levels of the cgroup tree for the programs"),)
+        if not governor.adopt(leaf, record.tenant, container.limits):
+            if counted and _COUNTED & wanted:
+                governor.forget(leaf)
+                raise LimitError(f"policy {policy.name}: memory.max cannot be enforced: {_TOO_MANY}")
+            if counted:
+                unenforced += (Unenforced("memory.max", _TOO_MANY),)
+            elif container.limits.memory_high is not None:
+                container.notes.append(f"memory: the controller alone holds it: {_TOO_MANY}")
         container.unenforced = unenforced
         self._known[leaf.id] = container
         return container, merged
@@ -148,14 +154,6 @@ class Containers:
             return policy
         budget = self._executor.config.tenant_limits.get(tenant)
         return apply_hint(policy, hint, budget.memory_max if budget else None)[0]
-
-    def _without_programs(self, container: Container) -> bool:
-        """The programs do not watch it; whether something else holds it."""
-        if self._executor.memory.governor.mode is Mode.BPF:
-            return False
-        if container.limits.memory_high is not None:
-            container.notes.append("memory: the controller alone holds it; containers are at too many levels of the cgroup tree")
-        return True
 
     def _check_owner(self, leaf: Foreign, uid: int) -> None:
         if uid not in (0, leaf.owner):
@@ -253,7 +251,8 @@ class Containers:
                 "id": one.record.id, "tenant": one.record.tenant, "policy": one.policy.name, "cgroup": str(one.leaf.path),
                 "seconds": monotonic() - one.since, "since": time() - (monotonic() - one.since),
                 "unenforced": [{"limit": item.limit, "reason": item.reason} for item in one.unenforced], "notes": one.notes,
-                "killed": governor.killed(one.leaf) or None, "phases": latency.phases(one.leaf.id),
+                "memory_mode": governor.mode.value, "killed": governor.killed(one.leaf) or None,
+                "phases": latency.phases(one.leaf.id),
             }
             for one in self._of(uid)
         ]  # fmt: skip

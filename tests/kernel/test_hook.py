@@ -377,6 +377,36 @@ def test_only_a_cgroup_that_is_somebody_elses_is_taken(lab):
     assert lab.daemon.ask(op="ps")["data"]["containers"] == []
 
 
+def test_cgroups_at_many_levels(lab):
+    """Every page has to be looked up at each: where there is no controller, four levels of the tree are as many as can be."""
+    if lab.daemon.ask(op="status")["data"]["memory"]["mode"] != "bpf":
+        pytest.skip("this host has a memory controller")
+    with cgroup() as path:
+        levels = [path]
+        while len(levels) < 5:
+            levels.append(levels[-1] / "x")
+            levels[-1].mkdir()
+        answers = []
+        try:
+            for place in levels:
+                request = registration(place, id=f"at-{len(answers)}", policy="hook-max")
+                answers.append(lab.daemon.ask(**request))
+            # The daemon's own leaves are at the third.
+            assert [answer["op"] for answer in answers] == ["reply"] * 4 + ["error"]
+            assert "watch cgroups at four levels" in answers[-1]["message"]
+            request = registration(levels[-1], id="at-4", policy="hook-max", fail="open")
+            assert lab.daemon.ask(**request)["data"]["unenforced"][-1][0] == "memory.max"
+            lab.daemon.ask(op="unregister", id="at-0", bundle="/b")
+            lab.daemon.ask(op="unregister", id="at-4", bundle="/b")
+            assert lab.daemon.ask(**registration(levels[-1], id="at-4", policy="hook-max"))["op"] == "reply"
+        finally:
+            for number, place in reversed(list(enumerate(levels))):
+                lab.daemon.ask(op="unregister", id=f"at-{number}", bundle="/b")
+                if place != path:
+                    place.rmdir()
+    assert lab.daemon.ask(op="ps")["data"]["containers"] == []
+
+
 def test_a_daemon_that_does_not_answer_is_none(lab):
     """Two seconds for each stage, and the container runs; when the daemon comes to itself it knows all the same."""
     with lab.daemon.stopped():
