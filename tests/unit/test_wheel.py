@@ -111,6 +111,11 @@ def test_what_was_installed_from_it_runs(wheel, tmp_path):
         [sys.executable, "-P", "-c", code], cwd="/", env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == (f"{tmp_path}/agentrun/_data/policies/seccomp/default.json 0\n", "")
+    # And the hook, which gets no help to find itself.
+    hook = [sys.executable, "-I", "-S", "-E", tmp_path / "agentrun_shim" / "hook.py", f"--socket={tmp_path}/s"]
+    state = '{"id": "a", "status": "created", "annotations": {"io.agentrun.polcy": "x"}}'
+    done = subprocess.run(hook, input=state, env={}, cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stderr[:37]) == (1, "agentrun-hook: a: not known: io.agent")
     usage = subprocess.run([tmp_path / "bin" / "agentrun", "exec", "--help"], capture_output=True, text=True)
     assert (usage.returncode, usage.stdout[:20]) == (0, "usage: agentrun exec")
     # The OCI runtime finds its package from where it is, without PATH, HOME and PYTHONPATH.
