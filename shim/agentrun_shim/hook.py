@@ -56,7 +56,8 @@ class Hook:
             return self._create(container)
         try:
             if container.stage == "poststart":
-                self._register(container, started=True)
+                if os.path.exists(f"/proc/{container.pid}"):  # or it has ended already
+                    self._register(container, started=True)
             else:
                 hook_static.drop_record(self._socket, container)
                 ask(self._socket, {"v": 1, "op": "unregister", "id": container.id, "bundle": container.bundle})

@@ -25,6 +25,7 @@ from typing import Any
 
 from agentrun import cli
 from agentrun.cli.bursts import follow
+from agentrun_shim import native
 from tests import support
 from tests.containers import RUNTIMES, Container, hook_argv, make_rootfs
 from tests.hog import compile_hog
@@ -45,7 +46,8 @@ Check = Callable[["Lab", str], str]
 WITH: dict[str, Check] = {}
 BETWEEN = (
     *(f"{runtime}: static_limits_without_a_daemon" for runtime in RUNTIMES),
-    "what_is_below_a_container_counts_too", "the_next_daemon_takes_over", "podman_runs_it_by_annotation",
+    "what_is_below_a_container_counts_too", "the_next_daemon_takes_over", "podman_runs_the_hook_by_annotation",
+    "podman_knows_the_runtime_by_its_name",
 )  # fmt: skip
 
 
@@ -98,10 +100,13 @@ class Lab:
         rows = self.ask("ps")["containers"]
         return next((row for row in rows if row["id"] == name), None)
 
-    def news(self, name: str) -> list[dict[str, Any]]:
-        """What `agentrun bursts` has said of a container."""
+    def everything(self) -> list[dict[str, Any]]:
+        """What `agentrun bursts` has said."""
         lines = self._news.read_text().splitlines(keepends=True)
-        return [news for line in lines if line.endswith("\n") and (news := json.loads(line)).get("call") == name]
+        return [news for line in lines if line.endswith("\n") and "call" in (news := json.loads(line))]
+
+    def news(self, name: str) -> list[dict[str, Any]]:
+        return [news for news in self.everything() if news["call"] == name]
 
     def rungs(self, name: str) -> list[str]:
         return [news["rung"] for news in self.news(name) if news["event"] == "step"]
@@ -356,25 +361,33 @@ def what_is_below_a_container_counts_too(lab: Lab) -> str:
     return f"{'' if over is None else f'+{over / MIB:.2f} MB, '}{lab.rungs('delegated')}"
 
 
-def podman_runs_it_by_annotation(lab: Lab) -> str:
-    """As it is installed: a file of hooks.d, an annotation on the command line, containers of any runtime podman has."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        words = ["setup", "oci", "--engine", "podman", "--runtime", "/usr/bin/crun", "--socket", lab.daemon.socket]
-        assert cli.main(words) == 0
+def podman(lab: Lab, runtime: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`podman run` of something, with nothing but its configuration to tell it of us."""
     argv = [
         "podman", "--root", str(lab.directory / "storage"), "--runroot", str(lab.directory / "run"), "--storage-driver", "vfs",
-        "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "crun", "run",
-        "--rm", "--network", "none", "--name", "podded", "--log-driver", "none",
-        "--annotation", "io.agentrun.policy=hook-kill", "--rootfs", str(lab.rootfs),
+        "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", runtime, "run", "--rm", "--network", "none",
+        "--log-driver", "none", "--annotation", "io.agentrun.policy=hook-kill", "--rootfs", str(lab.rootfs), *words,
     ]  # fmt: skip
-    command = "cat /proc/self/cgroup; exec hog anon 256"
-    done = subprocess.run([*argv, "/bin/busybox", "sh", "-c", command], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+
+
+def podman_runs_the_hook_by_annotation(lab: Lab, runtime: str = "crun") -> str:
+    """As it is installed: files of hooks.d, a drop-in, an annotation on the command line."""
+    before = {news["call"] for news in lab.everything()}
+    done = podman(lab, runtime, "/bin/busybox", "sh", "-c", "cat /proc/self/cgroup; exec hog anon 256")
     assert done.returncode == 137, done
-    ids = {news["call"] for news in map(json.loads, lab._news.read_text().splitlines()) if len(news.get("call", "")) == 64}
-    assert len(ids) == 1, ids
-    assert lab.rungs(ids.pop())[-1] == "killed"
+    (name,) = eventually(lambda: {news["call"] for news in lab.everything()} - before, "news of it")
+    assert len(name) == 64, name
+    eventually(lambda: "killed" in lab.rungs(name), "news of its end")
     assert not lab.ask("ps")["containers"]
-    return f"{done.stdout.strip()}; {done.stderr.strip()}"
+    return f"{lab.rungs(name)}; {done.stderr.strip()}"
+
+
+def podman_knows_the_runtime_by_its_name(lab: Lab) -> str:
+    """By the drop-in, which also makes podman ask it for JSON, or 127 would be 125; and the hook is run by it as by others."""
+    done = podman(lab, "agentrun-oci", "/bin/no-such")
+    assert done.returncode == 127, done
+    return f"{podman_runs_the_hook_by_annotation(lab, 'agentrun-oci')} | {done.stderr.strip()}"
 
 
 def main(names: Sequence[str]) -> None:
@@ -405,8 +418,13 @@ def main(names: Sequence[str]) -> None:
         details.append(what_is_below_a_container_counts_too(lab))
     with verdict("the_next_daemon_takes_over") as details:
         details.append(the_next_daemon_takes_over(lab, left))
-    with verdict("podman_runs_it_by_annotation") as details:
-        details.append(podman_runs_it_by_annotation(lab))
+    with contextlib.redirect_stdout(io.StringIO()):
+        words = ["setup", "oci", "--engine", "podman", "--runtime", str(native.DIRECTORY / "agentrun-oci")]
+        assert cli.main([*words, "--socket", lab.daemon.socket]) == 0
+    with verdict("podman_runs_the_hook_by_annotation") as details:
+        details.append(podman_runs_the_hook_by_annotation(lab))
+    with verdict("podman_knows_the_runtime_by_its_name") as details:
+        details.append(podman_knows_the_runtime_by_its_name(lab))
     lab.stop_daemon()
 
 
