@@ -325,7 +325,8 @@ def containerd() -> Iterator[None]:
     config.write_text(
         'version = 2\nroot = "/mnt/ext4/containerd"\nstate = "/run/oci-containerd"\n'
         'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", '
-        '"io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.opt"]\n'
+        '"io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", '
+        '"io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.opt"]\n'
         '[grpc]\naddress = "/run/oci-containerd/sock"\n'
     )
     with Path("/run/oci-containerd.log").open("wb") as log:
@@ -415,6 +416,53 @@ def suite() -> Any:
     return found
 
 
+def systemd() -> Any:
+    """Containers in scopes that systemd makes: a real one, PID 1 of a pid namespace of its own."""
+    bundle = SCRATCH / "scoped"
+    bundle.mkdir()
+    (bundle / "rootfs").symlink_to(ROOTFS)
+    subprocess.run([OURS, "spec", "--bundle", str(bundle)], check=True)
+    config = json.loads((bundle / "config.json").read_text())
+    config["process"] |= {"terminal": False, "args": ["sleep", "1000"]}
+    config["root"]["path"] = str(ROOTFS)
+    limits = {"memory": {"limit": 64 << 20}, "pids": {"limit": 30}, "cpu": {"quota": 50000, "period": 100000}}
+    config["linux"] |= {"cgroupsPath": "agentrun-t.slice:oci:t1", "resources": limits}
+    (bundle / "config.json").write_text(json.dumps(config))
+    boot = "container=agentrun exec /lib/systemd/systemd --system --unit=sysinit.target"
+    manager = subprocess.Popen(
+        ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not Path("/run/systemd/private").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split()
+        inside = Tool(["nsenter", "-t", children[0], "-p", "-m"])
+        with open("/dev/null", "w") as null:
+            front = [*inside.front, OURS, "--systemd-cgroup", "create", "--bundle", str(bundle), "t1"]
+            done = subprocess.run(front, stdin=null, stdout=null, stderr=null, check=False)
+        assert done.returncode == 0
+        inside.must(OURS, "--systemd-cgroup", "start", "t1")
+        (scope,) = CGROUPS.rglob("oci-t1.scope")
+        found: dict[str, Any] = {"path": str(scope.relative_to(CGROUPS))}
+        found["files"] = [(scope / file).read_text().strip() for file in ("memory.max", "pids.max", "cpu.max")]
+        show = ("systemctl", "show", "oci-t1.scope", "--value", "-p")
+        found["unit"] = [
+            inside.must(*show, name) for name in ("ActiveState", "Delegate", "MemoryMax", "TasksMax", "CPUQuotaPerSecUSec")
+        ]
+        inside.must(OURS, "update", "--memory", str(32 << 20), "t1")
+        inside.must("systemctl", "daemon-reload")  # it writes what it knows
+        found["updated"] = [inside.must(*show, "MemoryMax"), (scope / "memory.max").read_text().strip()]
+        inside.must(OURS, "delete", "--force", "t1")
+        found["left"] = [inside.must(*show, "ActiveState"), [str(path) for path in CGROUPS.rglob("oci-t1.scope")]]
+        return found
+    finally:
+        manager.kill()
+        manager.wait()
+
+
 def jobs() -> list[str]:
     """What this guest does: engines and the suite take as long as each other, so of two kernels each has one of them."""
     kernels, own = os.environ.get("OCI_KERNELS", "").split(), os.environ.get("AGENTRUN_VM", "")
@@ -433,6 +481,8 @@ def main(wanted: list[str]) -> int:
         return 0 if good else 1
     prepare()
     everything = "engines" in todo
+    if everything or "systemd" in todo:
+        good &= step("systemd", "agentrun", systemd)
     for name, function in PODMAN.items():
         if everything or name in todo:
             for runtime, program in RUNTIMES["podman"].items():

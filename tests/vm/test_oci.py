@@ -91,6 +91,17 @@ def test_engine(guests: dict[str, Guest], kernel: str, name: str) -> None:
             assert result == found(guests, kernel, name, peer)
 
 
+@pytest.mark.parametrize("kernel", engines_on())
+def test_systemd(guests: dict[str, Guest], kernel: str) -> None:
+    assert found(guests, kernel, "systemd", "agentrun") == {
+        "path": "agentrun.slice/agentrun-t.slice/oci-t1.scope",
+        "files": [str(64 << 20), "30", "50000 100000"],
+        "unit": ["active", "yes", str(64 << 20), "30", "500ms"],
+        "updated": [str(32 << 20), str(32 << 20)],
+        "left": ["inactive", []],
+    }
+
+
 @pytest.mark.parametrize("kernel", suite_on())
 def test_suite(guests: dict[str, Guest], kernel: str) -> None:
     result = found(guests, kernel, "suite", "agentrun")

@@ -46,12 +46,13 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     process = Process(config["process"], extra_env=listen_env)
     filters = seccomp.compile_filter(linux.config["seccomp"], context.root, context.log) if linux.config.get("seccomp") else None
     leaf = ""
-    if context.manager == "systemd" and linux.config.get("cgroupsPath", "").count(":") == 2:
-        raise OciError("--systemd-cgroup: cgroups made by systemd are not supported yet (use the cgroupfs manager)")
-    if context.manager != "disabled":
-        leaf = cgroup.place(linux.config.get("cgroupsPath") or "", name, rootless=context.rootless)
+    files = resources.to_files(linux.config.get("resources") or {})
+    path = linux.config.get("cgroupsPath") or ""
+    scoped = context.manager == "systemd" and (path.count(":") == 2 or not path)
+    if context.manager != "disabled" and not scoped:
+        leaf = cgroup.place(path, name, rootless=context.rootless)
         if context.rootless and not cgroup.is_ours(leaf):
-            if resources.to_files(linux.config.get("resources") or {}):
+            if files:
                 raise OciError(f"{leaf}: no cgroup was delegated to this user, so linux.resources cannot be enforced")
             context.log.write("debug", f"{leaf}: no cgroup was delegated to this user: the container has none of its own")
             leaf = ""
@@ -61,8 +62,15 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     )  # fmt: skip
 
     container = state.Container(context.root, name, new=True)
-    launch = None
+    launch = scope = None
     try:
+        if scoped:
+            from agentrun_shim.oci import systemd
+
+            slice_, unit = systemd.scope_name(path, name)
+            container.save(scope=unit)
+            scope = systemd.Scope(slice_, unit, files, rootless=context.rootless, description=f"agentrun-oci container {name}")
+            leaf = scope.path
         if notify:
             os.mkdir(f"{container.path}/{later.DIRECTORY}", 0o755)
             container.record["notify"] = notify
@@ -79,12 +87,14 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
         )  # fmt: skip
         _note(container, config, bundle, leaf, process, filters)
         if leaf:
-            cgroup.make(f"{leaf}/{cgroup.INIT}")
-            files = resources.to_files(linux.config.get("resources") or {})
+            if scope is None:
+                cgroup.make(f"{leaf}/{cgroup.INIT}")
             cgroup.apply(leaf, files, best_effort=linux.best_effort, log=context.log)
         os.chdir(container.path)
         launch = Launch(plan, process.args[0], keep)
         pid = launch.born()
+        if scope is not None:
+            scope.release()
         if "user" in linux.new:
             from agentrun_shim.oci.userns import write_maps
 
@@ -104,6 +114,8 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     except BaseException:
         if launch is not None:
             launch.kill()
+        if scope is not None:
+            scope.release()
         _undo(context, container)
         raise
     container.close()
@@ -127,8 +139,9 @@ def _note(
     if filters:
         container.write("filter", filters[1].to_bytes(4, "little") + filters[0])
     if leaf:
-        missing = cgroup.first_missing(leaf)
-        container.record.update({"cgroup": leaf, "made": missing})
+        container.record["cgroup"] = leaf
+        if "scope" not in container.record:
+            container.record["made"] = cgroup.first_missing(leaf)
     for stage in ("poststart", "poststop"):
         if hooks.of(config, stage):
             container.record[stage] = ""

@@ -33,7 +33,7 @@ def feature_document() -> dict[str, Any]:
         "linux": {
             "namespaces": sorted(names.NAMESPACES),
             "capabilities": [f"CAP_{name}" for name in names.CAPABILITIES if f"CAP_{name}" in kernel],
-            "cgroup": {"v1": False, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
+            "cgroup": {"v1": False, "v2": True, "systemd": True, "systemdUser": True, "rdma": True},
             "seccomp": {
                 "enabled": True,
                 "actions": sorted(seccomp.ACTIONS),

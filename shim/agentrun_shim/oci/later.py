@@ -38,6 +38,13 @@ def poststop(context: Context, options: Options) -> int:
         config = {}
     if config and "poststop" in container.record:
         hooks.run_all(config, "poststop", container.state("stopped", 0), context.log)
+    if unit := container.record.get("scope"):
+        from agentrun_shim.oci.systemd import Manager
+
+        try:
+            Manager(rootless=context.rootless).stop(unit)
+        except OciError as error:
+            context.log.warning(str(error))
     _remove(container.path)
     return 0
 

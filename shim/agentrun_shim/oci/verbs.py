@@ -76,7 +76,12 @@ def update_(context: Context, options: Options) -> int:
     wanted.pop("devices", None)  # engines pass them again; they cannot be changed under a running container here
     container.lock()
     config = container.config()
-    cgroup.apply(_cgroup(container), resources.to_files(wanted), best_effort=Linux(config).best_effort, log=context.log)
+    files = resources.to_files(wanted)
+    if unit := container.record.get("scope"):
+        from agentrun_shim.oci import systemd
+
+        systemd.Manager(rootless=context.rootless).set_properties(unit, systemd.limits(files))
+    cgroup.apply(_cgroup(container), files, best_effort=Linux(config).best_effort, log=context.log)
     kept = config.setdefault("linux", {}).setdefault("resources", {})
     for table, values in wanted.items():
         kept[table] = {**(kept.get(table) or {}), **values} if isinstance(values, dict) else values
