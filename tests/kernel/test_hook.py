@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def lab():
     with open_lab() as found:
         if not found.start("--group", "users").ask(op="status")["data"]["memory"]["hook"]:
             lacking("no program could be attached")
+        eventually(lambda: found.daemon.ask(op="latency")["data"]["recording"], "phases to be recorded")
         yield found
         found.stop()
         assert not Path(f"{found.socket}.containers").exists()
@@ -282,6 +284,39 @@ def test_what_vanishes_without_a_word_is_dropped(lab):
     eventually(removed)
     eventually(lambda: lab.listed(container) is None, seconds=5)
     assert not [name for name in lab.records() if name.startswith(container.name)]
+
+
+def test_many_at_once(lab):
+    def life(_number):
+        container = lab.run(["/bin/busybox", "sh", "-c", "exec sleep 0.2"], policy="hook-kill")
+        assert lab.listed(container)
+        ended(container)
+        lab.remove(container)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(life, range(24)))
+    assert lab.daemon.ask(op="ps")["data"]["containers"] == []
+    assert lab.records() == []
+
+
+def test_other_programs_hold_it_when_the_first_have_died(lab):
+    container = lab.run(IDLE, policy="hook-kill")
+    before = lab.daemon.ask(op="status")["data"]["memory"]
+    os.kill(before["pid"], signal.SIGKILL)
+
+    def again():
+        memory = lab.daemon.ask(op="status")["data"]["memory"]
+        return memory["starts"] > before["starts"] and memory["hook"]
+
+    eventually(again)
+
+    def struck():  # for some seconds the dead one's programs are there as well
+        container.call("exec", container.name, "/bin/hog", "anon", "512")
+        return not container.is_running()
+
+    eventually(struck)
+    assert lab.listed(container)["killed"] == "above its memory budget"
+    lab.remove(container)
 
 
 # ---------------------------------------------------------------- who may

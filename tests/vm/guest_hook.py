@@ -211,6 +211,7 @@ def every_rung_is_reached_and_bounded(lab: Lab, runtime: str) -> str:
 @check
 def set_up_is_recorded(lab: Lab, runtime: str) -> str:
     """In `agentrun lat`, once it is gone, and while it lives in `agentrun ps --json`."""
+    eventually(lambda: lab.ask("latency")["recording"], "phases to be recorded", 60)
     container = lab.run(runtime, ["/bin/busybox", "sh", "-c", "echo hello; sleep 1000"], policy="hook-easy")
     eventually(lambda: container.output.read_text() == "hello\n", "its word")
     row = lab.listed(container.name)
