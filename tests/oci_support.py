@@ -27,7 +27,7 @@ APPLETS = (
     " true tty wc"
 )
 PATIENCE = 20.0
-MARK = f"agentrun-oci-test-{os.getpid()}"
+MARK = f"oci-test-{os.getpid()}"
 _numbers = itertools.count(1)
 
 

@@ -50,6 +50,7 @@ long tree_copy(int from, int to, unsigned depth);
 long terminal_make(struct container *c);
 long hook_run(const struct container *c, const char *path);
 long program_find(const char *name);
+long ids_set(const struct plan_op *op);
 long limit_set(const struct plan_op *op);
 long bounding_set(uint64_t keep);
 long capabilities_raise(void);

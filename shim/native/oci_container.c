@@ -165,8 +165,9 @@ static long birth(struct container *c) {
     int pidfd = -1;
     long err = 0, pid = spawn(c->op->a, c->leaf, &how, &pidfd, &err);
     if (pid == 0) {
-        // Nobody in the container may look into it, or at what it has open, before it is the program.
-        return sys_prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+        // Nobody in the container may look into it, or at what it has open, before it is the program. In a new user namespace
+        // there is nobody yet, and its creator has to write its maps: MASTER does it then.
+        return c->op->a & CLONE_NEWUSER ? 0 : sys_prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     }
     if (err < 0) return err;
     event_send(c, EVENT_CLONED, 0, 0, (uint32_t)pid);
@@ -297,7 +298,7 @@ static long execute(struct container *c) {
     case COP_BOUND: return bounding_set(*(const uint64_t *)blob);
     case COP_KEEP: return sys_prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
     case COP_RAISE: return capabilities_raise();
-    case COP_IDS: return ids_become(op);
+    case COP_IDS: return ids_set(op);
     case COP_CAPS: return capabilities_become(blob);
     case COP_NNP: return sys_prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
     case COP_SECCOMP: return seccomp_load(c);

@@ -177,6 +177,14 @@ long program_find(const char *name) {
     }
 }
 
+// A user who may not change groups (user_namespaces(7), setgroups "deny") keeps those there are, if none were asked for.
+long ids_set(const struct plan_op *op) {
+    long err = ids_become(op);
+    if (err != -EPERM || op->c) return err;
+    if ((err = SYS3(__NR_setresgid, op->b, op->b, op->b)) < 0) return err;
+    return SYS3(__NR_setresuid, op->a, op->a, op->a);
+}
+
 long limit_set(const struct plan_op *op) {
     return SYS4(__NR_prlimit64, 0, op->a, op_text(op), NULL);
 }

@@ -62,9 +62,16 @@ def container_plan(
         if rules:
             plan.add("PROGRAM", leaf, a=len(rules) // 8, blob=rules, about="linux.resources.devices")
     slot = plan.slot()
-    plan.add("TREE", rootfs, a=slot, b=1, about=f"root.path {rootfs}")
-    plan.add("ATTR", a=slot, d=names.MS_SLAVE | 1, about=f"root.path {rootfs}")
-    mounts.helper(plan)
+
+    def trees() -> None:
+        plan.add("TREE", rootfs, a=slot, b=1, about=f"root.path {rootfs}")
+        plan.add("ATTR", a=slot, d=names.MS_SLAVE | 1, about=f"root.path {rootfs}")
+        mounts.helper(plan)
+
+    # Who is no root anywhere can clone mounts only inside, where it is.
+    capable = os.geteuid() == 0
+    if capable:
+        trees()
     if request.console:
         plan.add("CONSOLE", request.console, about=f"--console-socket {request.console}")
     if filters and filters[2]:
@@ -83,6 +90,8 @@ def container_plan(
     # The container's process, still outside of its root.
     if "user" in linux.new:
         plan.add("WAIT", a=ord("m"), about="linux.uidMappings")
+    if not capable:
+        trees()
     outside, inside = linux.propagation()
     plan.add("ROOT", rootfs, a=slot, b=outside, about=f"root.path {rootfs}")
     if linux.in_user_namespace:

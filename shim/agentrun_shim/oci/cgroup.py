@@ -63,7 +63,8 @@ def place(path: str, name: str, *, rootless: bool) -> str:
     base = mount[0]
     if rootless and not path.startswith("/"):
         base += own_cgroup().rstrip("/")
-    return f"{base}/{(path or f'agentrun-oci-{name}').strip('/')}"
+    # Not agentrun-…: those at the base are the daemon's, and it clears them of what a dead one left.
+    return f"{base}/{(path or f'oci-agentrun-{name}').strip('/')}"
 
 
 def make(path: str) -> None:

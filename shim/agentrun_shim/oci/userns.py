@@ -38,8 +38,7 @@ def _write(path: str, entries: list[dict[str, Any]]) -> None:
 
 
 def _by_program(program: str, pid: int, entries: list[dict[str, Any]]) -> None:
-    found = next((f"{directory}/{program}" for directory in _DIRECTORIES if os.access(f"{directory}/{program}", os.X_OK)), None)
-    if found is None and len(entries) == 1 and entries[0]["size"] == 1:
+    if len(entries) == 1 and entries[0]["size"] == 1:
         # One id, our own: user_namespaces(7) lets anyone map it, if setgroups(2) is given up.
         if program == "newgidmap":
             with open(f"/proc/{pid}/setgroups", "w", encoding="ascii") as file:
@@ -49,6 +48,7 @@ def _by_program(program: str, pid: int, entries: list[dict[str, Any]]) -> None:
         except OSError as error:
             raise OciError(f"mapping {entries}: {strerror(error)}") from None
         return
+    found = next((f"{directory}/{program}" for directory in _DIRECTORIES if os.access(f"{directory}/{program}", os.X_OK)), None)
     if found is None:
         raise OciError(f"{program} is needed to map {entries} (apt-get install uidmap)")
     numbers = [str(entry[key]) for entry in entries for key in ("containerID", "hostID", "size")]
