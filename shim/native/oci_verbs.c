@@ -125,6 +125,7 @@ int verb_start(const struct front *f) {
         const char *now = status(&it);
         die(f, "cannot start container ", f->id, ": it is ", now, str_eq(now, "stopped") ? ": container not running" : "", NULL);
     }
+    if (frozen(&it)) die(f, "cannot start container ", f->id, ": it is paused", NULL);
     if (it.notify) python(f, "start");
     bool started = false;
     long n = sys_write((int)conn, "g", 1);
@@ -232,6 +233,10 @@ int verb_delete(const struct front *f) {
     if (!look_up(f, k)) {
         if (f->force) return 0;
         die(f, "container ", f->id, " does not exist", NULL);
+    }
+    if (f->force) {  // whoever makes or starts it may wait for what will never come: not if there is nothing left to wait for
+        kill_first(k);
+        if (k->cgroup) cgroup_kill(k->cgroup);
     }
     SYS2(__NR_flock, k->dir, LOCK_EX_);  // whoever makes or starts it is done, or dead
     sys_close(k->dir);

@@ -149,6 +149,24 @@ def test_pause_and_resume(oci):
     oci.wait(name, "stopped")
 
 
+def test_a_container_that_was_not_started_is_not_paused(oci):
+    name = oci.create(config("sleep 1000"))
+    assert "it is created" in oci.call("pause", name).stderr
+
+
+def test_delete_by_force_does_not_wait_for_who_waits_for_ever(oci):
+    """A hook without a timeout holds up `start`, which holds the container."""
+    stuck = {"path": "/bin/sleep", "args": ["sleep", "1000"]}
+    name = oci.create(config("true", hooks={"startContainer": [stuck]}))
+    starting = subprocess.Popen([RUNTIME, "--root", str(oci.root), "start", name], env={}, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.2)
+    assert starting.poll() is None
+    oci.call("delete", "--force", name, check=True)
+    _, said = starting.communicate(timeout=PATIENCE)
+    assert (starting.returncode, "process died" in said) == (1, True)
+    assert leftovers([name]) == []
+
+
 # --------------------------------------------------------------------------------------------------- exec
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Create, start, kill, delete in random order, by several at once on the same names, and the runtime itself killed at any moment.
 
-AGENTRUN_OCI_STORM is the number of calls (300; 1000 is the promise), AGENTRUN_OCI_SEED repeats a run.
+AGENTRUN_OCI_STORM is the number of calls (1000), AGENTRUN_OCI_SEED repeats a run.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tests.oci_support import RUNTIME, Oci, config, leftovers, missing_requireme
 from tests.requirements import lacking
 
 pytestmark = pytest.mark.host
-CALLS = int(os.environ.get("AGENTRUN_OCI_STORM", "300"))
+CALLS = int(os.environ.get("AGENTRUN_OCI_STORM", "1000"))
 SEED = int(os.environ.get("AGENTRUN_OCI_SEED", random.randrange(1 << 32)))
 WORKERS = 3
 KILLED = 0.35

@@ -67,6 +67,7 @@ def execute(context: Context, options: Options) -> int:
         pid = launch.born()
         if not container.alive():  # or the namespaces joined may have been somebody else's
             raise OciError(f"container {container.name}: container not running")
+        container.unlock()  # the leaf has somebody in it; what comes now may take as long as it likes
         set_rlimits(pid, process)
         launch.send(b"m")
         if "STATE" in plan.names:

@@ -66,6 +66,10 @@ class Container:
         """Keep others from changing it until we end. Whoever is killed holds nothing."""
         fcntl.flock(self.fd, fcntl.LOCK_EX)
 
+    def unlock(self) -> None:
+        """Let others."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
     def load(self) -> None:
         """Read the record; none is there if its maker died at once."""
         try:

@@ -35,7 +35,8 @@ def _cgroup(container: Container) -> str:
 def pause_(context: Context, options: Options) -> int:
     """Freeze the container with all that is below it."""
     container = _open(context, options)
-    container.must_run("running", "created")
+    container.lock()  # not in the middle of a start, which would wait for us
+    container.must_run("running")
     cgroup.freeze(_cgroup(container), True)
     return 0
 
