@@ -30,6 +30,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     uid: int
     found: dict[str, str | None]
     """What its control files said before the policy."""
+    frozen: bool = False
+    """By us: whom its engine has paused nobody wakes."""
 
 
 class Records:

@@ -14,9 +14,10 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
+import msgspec
 import trio
 
-from agentrun.burst.ladder import Mode
+from agentrun.burst.ladder import Mode, Rung
 from agentrun.cgroup.foreign import Foreign
 from agentrun.containerrecords import Record, Records
 from agentrun.errors import AgentrunError, HostError, LimitError, UsageError
@@ -195,6 +196,7 @@ class Containers:
     async def run(self) -> None:
         """Take over what an earlier daemon or a hook without one left, then let go of what is gone, until cancelled."""
         self._adopt_all()
+        self._executor.memory.governor.listeners.add(self._heard)
         try:
             while True:
                 await trio.sleep(LOOK)
@@ -204,11 +206,24 @@ class Containers:
                         self._drop(container)
         finally:
             # They go on without us, held to their limits; their records stay for the next daemon.
+            self._executor.memory.governor.listeners.discard(self._heard)
             for container in self._known.values():
                 self._executor.memory.governor.release(container.leaf)
+                self._note_frozen(container, frozen=False)
                 container.leaf.close()
             self._known.clear()
             self._records.close()
+
+    def _heard(self, news: dict[str, Any]) -> None:
+        """A step of memory control: what is frozen has to be known to whoever comes after us."""
+        for container in self._known.values() if news["event"] == "step" else ():
+            if container.record.id == news["call"]:
+                self._note_frozen(container, frozen=news["rung"] == Rung.FROZEN)
+
+    def _note_frozen(self, container: Container, *, frozen: bool) -> None:
+        if container.record.frozen != frozen:
+            container.record = msgspec.structs.replace(container.record, frozen=frozen)
+            self._records.save(container.record)
 
     def _adopt_all(self) -> None:
         for record in self._records.all():
@@ -233,7 +248,9 @@ class Containers:
             leaf.close()
             raise
         # A daemon that was killed may have left it frozen, or with the memory it had been granted.
-        leaf.thaw()
+        if record.frozen:
+            leaf.thaw()
+            self._note_frozen(container, frozen=False)
         if container.limits.memory_high is not None and "memory" in leaf.controllers:
             with contextlib.suppress(HostError):
                 leaf.write({"memory.high": str(container.limits.memory_high)})

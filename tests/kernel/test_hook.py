@@ -34,6 +34,7 @@ IDLE = ["/bin/busybox", "sleep", "1000"]
 POLICIES = {
     "hook-kill": 'memory = { high = "64M", max = "256M", on_exhausted = "kill" }',
     "hook-burst": 'memory = { high = "64M", max = "512M", burst = "256M", burst_seconds = 30 }',
+    "hook-stop": 'memory = { high = "64M", max = "256M", on_exhausted = "stop", freeze_seconds = 600 }',
     "hook-max": 'memory.max = "64M"',
     "hook-strict": "cpu.weight = 10\nio.weight = 10\npids.max = 20",
     "hook-easy": "best_effort = true\ncpu.weight = 10\nio.weight = 10\npids.max = 20",
@@ -495,6 +496,27 @@ def test_what_the_last_daemon_held_the_next_one_holds(alone):
     eventually(struck)
     eventually(lambda: "was killed: above its memory budget" in alone.daemon.log())
     alone.remove(container)
+    alone.stop()
+
+
+def test_the_next_daemon_wakes_whom_the_last_one_froze_and_nobody_else(alone):
+    def is_frozen(container):
+        return (container.cgroup(find_mount()) / "cgroup.freeze").read_text() == "1\n"
+
+    alone.start()
+    frozen = alone.run(["/bin/hog", "anon", "128"], policy="hook-stop")
+    paused = alone.run(IDLE, policy="hook-stop")
+    (paused.cgroup(find_mount()) / "cgroup.freeze").write_text("1")  # as `podman pause` does
+    eventually(lambda: is_frozen(frozen))
+    alone.daemon.kill()
+    alone.daemon = None
+    assert is_frozen(frozen)
+    alone.start()
+    eventually(lambda: not frozen.is_running() or not is_frozen(frozen))
+    assert is_frozen(paused)
+    (paused.cgroup(find_mount()) / "cgroup.freeze").write_text("0")
+    alone.remove(frozen)
+    alone.remove(paused)
     alone.stop()
 
 
