@@ -201,6 +201,20 @@ def test_a_user_namespace(oci):
     assert "needs both" in oci.refused(linux=spaces(*ALL, "user"))
 
 
+def test_a_joined_user_namespace(oci):
+    """As the containers of a pod that has one: with the namespaces that belong to it."""
+    name = oci.running("sleep 1000", linux={**spaces(*ALL, "user"), **IDS})
+    pid = oci.state(name)["pid"]
+    paths = {
+        kind: f"/proc/{pid}/ns/{file}" for kind, file in (("user", "user"), ("ipc", "ipc"), ("uts", "uts"), ("network", "net"))
+    }
+    out = oci.inside("id -u; readlink /proc/self/ns/user; touch /tmp/x && stat -c %u /tmp/x", hostname="",
+                     linux=spaces("mount", "pid", **paths), mounts=mounts({"destination": "/tmp", "type": "tmpfs"}))  # fmt: skip
+    assert out.split() == ["0", os.readlink(paths["user"]), "0"]
+    done = oci.call("exec", name, "sh", "-c", "id -u; readlink /proc/self/ns/user", check=True)
+    assert done.stdout.split() == ["0", os.readlink(paths["user"])]
+
+
 def test_what_a_user_namespace_makes_is_its_own(oci, tmp_path):
     tmp_path.chmod(0o777)
     Path(tmp_path.parent).chmod(0o755)

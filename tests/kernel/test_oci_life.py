@@ -167,6 +167,48 @@ def test_delete_by_force_does_not_wait_for_who_waits_for_ever(oci):
     assert leftovers([name]) == []
 
 
+def test_flags_of_create_and_run(oci, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(config("cat /proc/self/mountinfo", hostname="other")))
+    done = oci.call(
+        "run", "--config", str(other), "--bundle", str(oci.bundle), "--no-pivot", "--no-new-keyring", "--no-subreaper", oci.id()
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/proc" in done.stdout
+    oci.write(config("exit 2"))
+    assert oci.call("run", "--keep", "--bundle", str(oci.bundle), name := oci.id()).returncode == 2
+    assert oci.state(name)["status"] == "stopped"
+
+
+def test_the_pidfd_is_sent_to_who_asks_for_it(oci, tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "pidfd"))
+        server.listen()
+        name = oci.create(config("sleep 1000"), "--pidfd-socket", str(tmp_path / "pidfd"))
+        server.settimeout(PATIENCE)
+        connection, _ = server.accept()
+        with connection:
+            _, fds, _, _ = socket.recv_fds(connection, 16, 1)
+    try:
+        signal.pidfd_send_signal(fds[0], signal.SIGKILL)
+    finally:
+        os.close(fds[0])
+    oci.wait(name, "stopped")
+
+
+def test_spec_is_a_configuration_to_begin_with(oci, tmp_path):
+    oci.call("spec", "--bundle", str(tmp_path), check=True)
+    made = json.loads((tmp_path / "config.json").read_text())
+    assert "exists already" in oci.call("spec", "--bundle", str(tmp_path)).stderr
+    made["process"] |= {"terminal": False, "args": ["id", "-u"]}
+    done = oci.run(made)
+    assert (done.returncode, done.stdout) == (0, "0\n")
+    assert json.loads(oci.call("features", check=True).stdout)["linux"]["cgroup"]["v2"] is True
+    assert oci.call("--version").stdout.startswith("agentrun-oci version ")
+    assert oci.call("--help").returncode == 0
+    assert "usage: agentrun-oci create" in oci.call("create", "--help").stdout
+
+
 # --------------------------------------------------------------------------------------------------- exec
 
 
@@ -281,8 +323,9 @@ def test_exec_in_a_container_that_is_gone(oci):
     assert (done.returncode, "container not running" in done.stderr) == (255, True)
 
 
-def test_exec_without_a_leaf_of_its_own(oci):
-    name = oci.running("sleep 1000", annotations={"io.agentrun.exec-leaf": "false"})
+@pytest.mark.parametrize("annotations", [{"io.agentrun.exec-leaf": "false"}, {"io.agentrun.policy": "test"}])
+def test_exec_without_a_leaf_of_its_own(oci, annotations):
+    name = oci.running("sleep 1000", annotations=annotations)
     assert "0::/\n" in oci.call("exec", name, "cat", "/proc/self/cgroup", check=True).stdout
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BEST_EFFORT = "io.agentrun.best-effort"
 EXEC_LEAF = "io.agentrun.exec-leaf"
+POLICY = "io.agentrun.policy"
 _JOIN_LAST = ("pid", "user")
 
 
@@ -91,8 +92,8 @@ class Linux:
 
     @property
     def exec_leaf(self) -> bool:
-        """Every exec in a leaf of its own."""
-        return self.annotations.get(EXEC_LEAF) != "false"
+        """Every exec in a leaf of its own; under a policy of the hook's, which holds the first process's leaf, they go there."""
+        return self.annotations.get(EXEC_LEAF, "false" if POLICY in self.annotations else "true") != "false"
 
     def clone_flags(self) -> int:
         """Namespaces that are new at the clone; those of time and cgroup are entered otherwise."""
