@@ -194,6 +194,8 @@ class Daemon:
     def _resolve(self, request: Exec, workspace_fd: int, peer: tuple[int, int, int]) -> Request:
         options = request.options
         _, uid, gid = peer
+        if options.session is not None and uid != 0:
+            raise UsageError("session: only root may use sessions, which are root's")
         return self._executor.resolve(
             request.argv,
             policy=apply_options(self._policy(options.policy, uid), options),
@@ -203,6 +205,8 @@ class Daemon:
             cwd=options.cwd,
             env=request.env,
             hint=options.hint,
+            image=options.image,
+            session=options.session,
             timings=bool(options.timings),
             caller=(uid, gid),
         )

@@ -35,6 +35,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     pids: str | None = None
     net: str | None = None
     hint: str | None = None
+    image: str | None = None
+    session: str | None = None
     tenant: str | None = None
     workspace: Literal["rw", "ro", "cow"] | None = None
     best_effort: Literal["", "1"] = ""
