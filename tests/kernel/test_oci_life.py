@@ -2,13 +2,16 @@
 """The life of a container as an engine leads it: create, start, state, kill, delete, exec, hooks, terminals, descriptors."""
 
 import array
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -477,7 +480,38 @@ def test_a_terminal_for_an_exec(oci, tmp_path):
 
 
 def test_a_terminal_needs_its_socket(oci):
-    assert "a --console-socket is needed" in oci.refused(process={"terminal": True})
+    oci.write(config("true", process={"terminal": True}))
+    done = oci.call("create", "--bundle", str(oci.bundle), oci.id())
+    assert (done.returncode, "a --console-socket is needed" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("verb", ["run", "exec"])
+def test_a_terminal_by_hand(oci, verb):
+    """Called from a terminal: its bytes and its size are passed on, and the exit status is the program's."""
+    script = "tty; stty size; echo typed $(head -n 1); exit 5"
+    if verb == "run":
+        oci.write(config(script, process={"terminal": True}))
+        arguments = ["--bundle", str(oci.bundle), oci.id()]
+    else:
+        arguments = ["--tty", oci.running("sleep 1000"), "sh", "-c", script]
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 44, 99, 0, 0))
+    process = subprocess.Popen(
+        [RUNTIME, "--root", str(oci.root), verb, *arguments], env={}, stdin=slave, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    try:
+        said = read_all(master, b"99")
+        os.write(master, b"hello\n")
+        said += read_all(master, b"typed hello")
+        assert process.wait(PATIENCE) == 5
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    assert "/dev/pts/0\n44 99\n" in said
+    assert "typed hello" in said
+    assert not [name for name in os.listdir(oci.root) if name.startswith(".console")]
 
 
 def test_descriptors_that_are_passed_on_and_those_that_are_not(oci):

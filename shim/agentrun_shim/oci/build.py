@@ -24,11 +24,8 @@ _CLONE_NEWCGROUP = names.NAMESPACES["cgroup"]
 class Request:
     """What the command line adds to the configuration."""
 
-    def __init__(
-        self, bundle: str, *, console: str | None = None, no_pivot: bool = False, no_keyring: bool = False, waits: bool = True
-    ) -> None:
+    def __init__(self, bundle: str, *, console: str | None = None, no_pivot: bool = False, no_keyring: bool = False) -> None:
         self.bundle, self.console, self.no_pivot, self.no_keyring = bundle, console, no_pivot, no_keyring
-        self.waits = waits
 
 
 def container_plan(
@@ -76,8 +73,7 @@ def container_plan(
         plan.add("CONSOLE", request.console, about=f"--console-socket {request.console}")
     if filters and filters[2]:
         plan.add("AGENT", linux.config["seccomp"]["listenerPath"], about="linux.seccomp.listenerPath")
-    if request.waits:
-        plan.add("LISTEN", "start", about="the start socket")
+    plan.add("LISTEN", "start", about="the start socket")
     _oom(plan, process, privileged=privileged, log=log)
     for kind, path in linux.joined:
         plan.add("JOIN", path, a=names.NAMESPACES[kind], about=f"linux.namespaces: {kind} at {path}")
@@ -134,8 +130,7 @@ def container_plan(
         if domain is None or personality.get("flags"):
             raise OciError(f"linux.personality: {personality!r}: the domains are LINUX and LINUX32, there are no flags")
         plan.add("PERSONALITY", a=domain, about="linux.personality")
-    if request.waits:
-        plan.add("PARK")
+    plan.add("PARK")
     process.rights(plan, filters, label=label, hooks=lambda plan: hooks.add(plan, config, "startContainer"))
     return plan
 

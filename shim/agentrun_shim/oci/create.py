@@ -24,9 +24,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from agentrun_shim.oci.relay import Relay
 
-def create(context: Context, options: Options, name: str, *, waits: bool = True) -> int:
+
+def create(context: Context, options: Options, name: str, *, relays: list[Relay] | None = None) -> int:
     """Make a container; returns the pid of its first process, which is a child of ours.
+
+    With ``relays``, a terminal that no engine asks for is relayed by us: it is put there.
 
     Raises:
         OciError: it could not be made, and nothing of it is left.
@@ -44,6 +48,11 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
     if notify:
         listen_env = [*listen_env, f"NOTIFY_SOCKET={later.INSIDE}/{later.NAME}"]
     process = Process(config["process"], extra_env=listen_env)
+    if process.terminal and not console and relays is not None:
+        from agentrun_shim.oci.relay import Relay
+
+        relays.append(Relay(context.root))
+        console = relays[0].path
     filters = seccomp.compile_filter(linux.config["seccomp"], context.root, context.log) if linux.config.get("seccomp") else None
     leaf = ""
     files = resources.to_files(linux.config.get("resources") or {})
@@ -58,7 +67,7 @@ def create(context: Context, options: Options, name: str, *, waits: bool = True)
             leaf = ""
     request = Request(
         bundle, console=os.path.abspath(console) if console else None, no_pivot="no-pivot" in options,
-        no_keyring="no-new-keyring" in options, waits=waits,
+        no_keyring="no-new-keyring" in options,
     )  # fmt: skip
 
     container = state.Container(context.root, name, new=True)
@@ -211,7 +220,14 @@ def preserved(count: int) -> tuple[int, list[str]]:
 
 def run(context: Context, options: Options, name: str) -> int:
     """create, start and, unless detached, wait and delete; returns the program's exit status."""
-    pid = create(context, options, name)
+    relays: list[Relay] = []
+    try:
+        pid = create(context, options, name, relays=None if "detach" in options else relays)
+        if relays:
+            relays[0].receive()
+    finally:
+        for relay in relays:
+            relay.close()
     front = context.front()
     started = native([*front, "start", name])
     if started:
@@ -221,7 +237,7 @@ def run(context: Context, options: Options, name: str) -> int:
         return 0
     from agentrun_shim.oci.foreground import wait_for
 
-    code = wait_for(pid)
+    code = wait_for(pid, relays[0] if relays else None)
     if "keep" not in options:
         native([*front, "delete", "--force", name])
     return code

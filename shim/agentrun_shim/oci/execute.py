@@ -55,8 +55,14 @@ def execute(context: Context, options: Options) -> int:
     config = container.config()
     linux = Linux(config)
     process = Process(_process(options, config), extra_env=listen_env)
+    relay = None
     if process.terminal and not console:
-        raise OciError("exec: a terminal needs a --console-socket")
+        if "detach" in options:
+            raise OciError("exec: a terminal needs a --console-socket, or this process to stay")
+        from agentrun_shim.oci.relay import Relay
+
+        relay = Relay(context.root)
+        console = relay.path
     filters = _filters(container, linux)
     container.lock()  # nobody removes our leaf while nothing is in it yet
     leaf = _leaf(container, linux, options)
@@ -74,6 +80,8 @@ def execute(context: Context, options: Options) -> int:
             launch.expect(cp.READY)
             launch.send_state(agent_state(config, container.state(container.status(), container.pid), pid))
         launch.expect(cp.STARTED)
+        if relay is not None:
+            relay.receive()
         if (event := launch.next()) is not None:
             raise OciError(launch.explain(event[2], event[3]))
         pid_out(pid, pid_file, options.get("pidfd-socket"))
@@ -82,13 +90,15 @@ def execute(context: Context, options: Options) -> int:
         if launch is not None:
             launch.kill()
         leaves.remove(leaf)
+        if relay is not None:
+            relay.close()
         raise
     container.close()
     if "detach" in options:
         return 0
     from agentrun_shim.oci.foreground import wait_for
 
-    code = wait_for(pid)
+    code = wait_for(pid, relay)
     leaves.settle(context.root, options.operands[0])
     return code
 

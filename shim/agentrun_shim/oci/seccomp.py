@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NEW_LISTENER = 8
 _NOTIFY = "SCMP_ACT_NOTIFY"
 _CACHE = ".filters"
+_KEPT = 64
 
 
 def compile_filter(config: dict[str, Any], root: str, log: Log) -> tuple[bytes, int, bool]:
@@ -62,6 +63,7 @@ def compile_filter(config: dict[str, Any], root: str, log: Log) -> tuple[bytes, 
         with open(scratch, "wb") as file:
             file.write(program)
         os.rename(scratch, name)
+        _prune(where)
     return program, flags, notify
 
 
@@ -69,3 +71,15 @@ def _digest(text: str) -> str:
     from _blake2 import blake2b
 
     return blake2b(f"2 {text}".encode(), digest_size=24).hexdigest()
+
+
+def _prune(where: str) -> None:
+    """Keep the newest: a machine sees few configurations, but may see them for long."""
+    found = []
+    for entry in os.scandir(where):
+        found.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(found)[:-_KEPT]:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue
