@@ -58,7 +58,7 @@ def make_rootfs(path: Path) -> Path:
     for applet in APPLETS.split():
         if not (path / "bin" / applet).is_symlink():
             (path / "bin" / applet).symlink_to("busybox")
-    (path / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\n")
+    (path / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\nworker:x:77:77:A worker:/work:/bin/sh\n")
     (path / "plain").write_text("no program\n")
     return path
 

@@ -62,7 +62,7 @@ OPS = {
     "PIVOT": (92, 0),  # into the root; a: without pivot_root; b propagation of the root afterwards
     # container, inside
     "CWD": (93, 1),  # working directory, made if it is not there
-    "FIND": (94, 2),  # is there a program: name, PATH
+    "FIND": (94, 2),  # is there a program: name, PATH; b: look up the home of user a, too
     "PARK": (95, 0),  # tell the creator, and wait for `start`
     "LIMIT": (96, 0),  # resource limit a; two 64-bit numbers in the payload
     "BOUND": (97, 0),  # bounding set
@@ -77,7 +77,7 @@ OPS = {
     "IOPRIO": (106, 0),
     "UMASK": (107, 0),
     "KEYRING": (108, 1),  # a session keyring of this name
-    "EXEC": (109, 0),  # become the program: a arguments, b variables in the payload
+    "EXEC": (109, 0),  # become the program: a arguments, b variables in the payload; c: the last is HOME, as FIND found it
     "AFFINITY": (110, 0),  # processors: a mask of a bytes in the payload
     "MEMPOLICY": (111, 0),  # memory policy: mode a, nodes: a mask of b bytes in the payload
     "SESSION": (112, 0),  # setsid

@@ -21,6 +21,7 @@ struct container {
     unsigned keep;                     // descriptors from 3 on that are the program's
     char *state;                       // the JSON that hooks and the seccomp agent are given
     size_t state_len;
+    char home[PATH_ROOM];              // HOME=..., where the configuration has none
 };
 
 int container_main(int argc, char **argv);
@@ -49,7 +50,7 @@ long tree_copy(int from, int to, unsigned depth);
 
 long terminal_make(struct container *c);
 long hook_run(const struct container *c, const char *path);
-long program_find(const char *name);
+long program_find(struct container *c, const char *name);
 long ids_set(const struct plan_op *op);
 long limit_set(const struct plan_op *op);
 long bounding_set(uint64_t keep);

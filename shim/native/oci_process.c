@@ -159,18 +159,48 @@ long hook_run(const struct container *c, const char *path) {
 
 // ---------------------------------------------------------------- limits and rights
 
+// The home of a user by the container's own /etc/passwd, looked up while no filter can be in the way; / if it is not there.
+static void home_find(struct container *c, uint32_t uid) {
+    static char text[1 << 16];
+    char *end = c->home + sizeof c->home;
+    str_add(c->home, end, "HOME=/");
+    long fd = sys_openat(AT_FDCWD, "/etc/passwd", O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0), n = 0, got = 0;
+    if (fd < 0) return;
+    while (got < (long)sizeof text - 1 && (n = sys_read((int)fd, text + got, sizeof text - 1 - (size_t)got)) > 0) got += n;
+    sys_close((int)fd);
+    text[got] = 0;
+    for (char *line = text; *line;) {
+        char *fields[7] = {line}, *p = line;
+        int count = 1;
+        for (; *p && *p != '\n'; p++)
+            if (*p == ':' && count < 7) *p = 0, fields[count++] = p + 1;
+        if (*p) *p++ = 0;
+        uint64_t id = 0;
+        const char *digit = count == 7 ? fields[2] : "x";
+        for (; *digit >= '0' && *digit <= '9' && id < 1ull << 40; digit++) id = id * 10 + (uint64_t)(*digit - '0');
+        if (!*digit && id == uid && *fields[5] == '/') {
+            str_add(str_add(c->home, end, "HOME="), end, fields[5]);
+            return;
+        }
+        line = p;
+    }
+}
+
+static long executable(const char *path) { return SYS4(__NR_faccessat2, AT_FDCWD, path, 1 /* X_OK */, 0x200 /* AT_EACCESS */); }
+
 // Whether there is a program of that name, before `create` says that all is well; `start` may still find it gone.
-long program_find(const char *name) {
+long program_find(struct container *c, const char *name) {
     const char *path = text_next(name);
     long seen = -ENOENT;
-    if (str_chr(name, '/')) return SYS4(__NR_faccessat2, AT_FDCWD, name, 1 /* X_OK */, 0x200 /* AT_EACCESS */);
+    if (c->op->b) home_find(c, c->op->a);
+    if (str_chr(name, '/')) return executable(name);
     for (const char *p = path;;) {
         char full[PATH_ROOM], *q = full;
         const char *end = full + sizeof full;
         for (; *p && *p != ':'; p++)
             if (q < end - 1) *q++ = *p;
         q = str_add(str_add(q, end, q == full ? "./" : "/"), end, name);
-        long err = SYS4(__NR_faccessat2, AT_FDCWD, full, 1, 0x200);
+        long err = executable(full);
         if (err == 0) return 0;
         if (err == -EACCES) seen = err;
         if (!*p++) return seen;
@@ -276,6 +306,7 @@ void program_exec(struct container *c) {
     char **argv = split(op_text(op), op->a), **envp = split(skip(op_text(op), op->a), op->b);
     long err = -ENOMEM;
     if (argv && envp) {
+        if (op->c) envp[op->b - 1] = c->home;
         signals_default();
         SYS3(__NR_close_range, 3 + c->keep, ~0u, CLOEXEC_RANGE);
         event_send(c, KIND_STARTED, 0, 0, c->at);

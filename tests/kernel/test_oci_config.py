@@ -69,6 +69,24 @@ def test_user_groups_and_umask(oci):
     assert (uid, gid, sorted(groups.split()), umask) == ("1000", "1001", ["1001", "5", "7"], "0027")
 
 
+@pytest.mark.parametrize(("uid", "env", "home"), [(0, [], "/"), (77, [], "/work"), (78, [], "/"), (77, ["HOME=/own"], "/own")])
+def test_home(oci, uid, env, home):
+    assert oci.inside("echo $HOME", process={"user": {"uid": uid, "gid": 0}, "env": ["PATH=/bin", *env]}) == home
+
+
+def test_what_the_callers_umask_is_is_nobodys_business(oci):
+    before = os.umask(0o77)
+    try:
+        new = [
+            {"destination": "/mnt", "type": "tmpfs", "options": ["mode=700"]},
+            {"destination": "/mnt/new/below", "type": "tmpfs"},
+        ]
+        out = oci.inside("umask; stat -c %a /mnt/new /mnt", mounts=mounts(*new))
+    finally:
+        os.umask(before)
+    assert out.split() == ["0022", "755", "700"]
+
+
 def status_of(oci, *fields, **process):
     out = oci.inside("cat /proc/self/status", process={"args": ["cat", "/proc/self/status"], **process})
     lines = dict(line.split(":", 1) for line in out.split("\n") if ":" in line)

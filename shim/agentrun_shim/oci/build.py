@@ -84,6 +84,7 @@ def container_plan(
     plan.add("CLONE", a=linux.clone_flags(), about="linux.namespaces")
 
     # The container's process, still outside of its root.
+    plan.add("UMASK", a=0o22)  # of what is made for it, whoever called
     if "user" in linux.new:
         plan.add("WAIT", a=ord("m"), about="linux.uidMappings")
     if not capable:

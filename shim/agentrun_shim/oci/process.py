@@ -56,6 +56,11 @@ class Process:
         """Where a program is looked for."""
         return next((item[5:] for item in self.env if item.startswith("PATH=")), DEFAULT_PATH)
 
+    @property
+    def _homeless(self) -> bool:
+        """The program is told where its user's home is, by the container's own /etc/passwd."""
+        return not any(item.startswith("HOME=") for item in self.env)
+
     def placement(self, plan: Plan) -> None:
         """Scheduling, which is set before the program starts and outlives it."""
         if scheduler := self.config.get("scheduler"):
@@ -72,7 +77,7 @@ class Process:
     def find(self, plan: Plan) -> None:
         """Working directory and program, while an error is still `create`'s."""
         plan.add("CWD", self.cwd, about=f"process.cwd {self.cwd}")
-        plan.add("FIND", self.args[0], self.path, about="exec")
+        plan.add("FIND", self.args[0], self.path, a=self.uid, b=int(self._homeless), about="exec")
 
     def rights(
         self,
@@ -83,8 +88,7 @@ class Process:
         hooks: Callable[[Plan], None] | None = None,
     ) -> None:
         """From a privileged process in the container to the program. ``label``: the slot of the open attribute file, if any."""
-        if self.umask is not None:
-            plan.add("UMASK", a=self.umask)
+        plan.add("UMASK", a=0o22 if self.umask is None else self.umask)
         plan.add("BOUND", blob=self.bounding.to_bytes(8, "little"), about="process.capabilities.bounding")
         plan.add("KEEP", about="process.capabilities")
         groups = b"".join([group.to_bytes(4, "little") for group in self.groups])
@@ -103,7 +107,10 @@ class Process:
             if filters:
                 _filter(plan, filters)
         env = self.env if any(item.startswith("PATH=") for item in self.env) else [*self.env, f"PATH={DEFAULT_PATH}"]
-        plan.add("EXEC", a=len(self.args), b=len(env), blob=strings(self.args) + strings(env), about="exec")
+        env = [*env, "HOME="] if self._homeless else env
+        plan.add(
+            "EXEC", a=len(self.args), b=len(env), c=int(self._homeless), blob=strings(self.args) + strings(env), about="exec"
+        )
 
 
 def _filter(plan: Plan, filters: tuple[bytes, int, bool]) -> None:
