@@ -99,8 +99,10 @@ static const char *interpreter(const char *dir) {
         if (file_read(AT_FDCWD, path, text, sizeof text) <= 2) continue;
         char *p = text;
         if (p[0] == '#' && p[1] == '!') p += 2;
-        char *stop = p;
-        while (*stop && *stop != '\n' && *stop != ' ') stop++;
+        if (memcmp(p, "/bin/sh\n\'\'\'exec\' ", 17) == 0) p += 17;  // a path too long for the kernel: pip writes a shell script
+        bool quoted = *p == '"';
+        char *stop = p += quoted;
+        while (*stop && *stop != '\n' && *stop != (quoted ? '"' : ' ')) stop++;
         *stop = 0;
         if (*p == '/') return p;
     }

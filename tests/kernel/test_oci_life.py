@@ -509,8 +509,8 @@ def test_a_terminal_by_hand(oci, verb):
         process.kill()
         process.wait()
         os.close(master)
-    assert "/dev/pts/0\n44 99\n" in said
-    assert "typed hello" in said
+    assert "/dev/pts/0\n44 99" in said, repr(said)
+    assert "typed hello" in said, repr(said)
     assert not [name for name in os.listdir(oci.root) if name.startswith(".console")]
 
 

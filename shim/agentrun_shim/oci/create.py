@@ -53,6 +53,7 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
 
         relays.append(Relay(context.root))
         console = relays[0].path
+        process.rows, process.columns = relays[0].size()
     filters = seccomp.compile_filter(linux.config["seccomp"], context.root, context.log) if linux.config.get("seccomp") else None
     leaf = ""
     files = resources.to_files(linux.config.get("resources") or {})

@@ -63,6 +63,7 @@ def execute(context: Context, options: Options) -> int:
 
         relay = Relay(context.root)
         console = relay.path
+        process.rows, process.columns = relay.size()
     filters = _filters(container, linux)
     container.lock()  # nobody removes our leaf while nothing is in it yet
     leaf = _leaf(container, linux, options)

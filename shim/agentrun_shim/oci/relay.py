@@ -92,6 +92,15 @@ class Relay:
             except OSError:
                 return
 
+    @staticmethod
+    def size() -> tuple[int, int]:
+        """Rows and columns of our own terminal; 0 and 0 without one."""
+        for fd in (0, 1, 2):
+            if os.isatty(fd):
+                columns, rows = os.get_terminal_size(fd)
+                return rows, columns
+        return 0, 0
+
     def _resize(self) -> None:
         for fd in (0, 1, 2):
             if os.isatty(fd):
