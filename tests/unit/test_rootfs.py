@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrun.errors import HostError
-from agentrun.rootfs import DEVICES, HIDDEN, ON_DEMAND, PRIVATE, _replace_entry, open_host_root
+from agentrun.rootfs import DEVICES, HIDDEN, ON_DEMAND, PRIVATE, open_host_root, replace_entry
 
 ENTRY = b"tool:x:1000:1000:a tool:/home/tool:/bin/sh"
 WORD = st.text("abz019_", max_size=6).map(str.encode)
@@ -23,7 +23,7 @@ LINE = st.one_of(
 
 @given(st.lists(LINE))
 def test_the_entry_replaces_those_it_would_contradict(lines):
-    result = _replace_entry(b"".join(line + b"\n" for line in lines), ENTRY)
+    result = replace_entry(b"".join(line + b"\n" for line in lines), ENTRY)
     assert result.endswith(b"\n")
     kept = result[:-1].split(b"\n")
     assert kept.pop() == ENTRY
@@ -32,17 +32,17 @@ def test_the_entry_replaces_those_it_would_contradict(lines):
 
 @given(st.lists(LINE))
 def test_replacing_twice_is_replacing_once(lines):
-    once = _replace_entry(b"\n".join(lines), ENTRY)
-    assert _replace_entry(once, ENTRY) == once
+    once = replace_entry(b"\n".join(lines), ENTRY)
+    assert replace_entry(once, ENTRY) == once
 
 
 def test_a_last_line_without_an_end():
-    assert _replace_entry(b"root:x:0:0::/root:/bin/sh", ENTRY) == b"root:x:0:0::/root:/bin/sh\n" + ENTRY + b"\n"
-    assert _replace_entry(b"", ENTRY) == ENTRY + b"\n"
+    assert replace_entry(b"root:x:0:0::/root:/bin/sh", ENTRY) == b"root:x:0:0::/root:/bin/sh\n" + ENTRY + b"\n"
+    assert replace_entry(b"", ENTRY) == ENTRY + b"\n"
 
 
 def test_a_group_entry_has_its_id_in_the_same_place():
-    assert _replace_entry(b"users:x:100:\nme:x:1000:me\n", b"tool:x:1000:") == b"users:x:100:\ntool:x:1000:\n"
+    assert replace_entry(b"users:x:100:\nme:x:1000:me\n", b"tool:x:1000:") == b"users:x:100:\ntool:x:1000:\n"
 
 
 @pytest.fixture
