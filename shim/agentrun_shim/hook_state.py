@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 PREFIX = "io.agentrun."
-KNOWN = {"policy", "tenant", "memory", "fail", "daemon"}
+KNOWN = {"policy", "tenant", "memory", "fail", "daemon", "exec-leaf", "best-effort"}
+"""The last two are for agentrun-oci (agentrun_shim/oci/config.py), and nothing to the hook."""
 STAGES = {"creating": "createRuntime", "created": "createRuntime", "running": "poststart", "stopped": "poststop"}
 """The stage by the container's status, if nobody names it. crun says `created` where runc says `creating`; but runc 1.1 says
 `created` to poststart too, which then does again, without effect, what was done."""
