@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oci_support import PATIENCE, RUNTIME, Oci, config, leftovers, missing_requirement
+from tests.oci_support import PATIENCE, RUNTIME, Oci, config, has_controllers, leftovers, missing_requirement
 from tests.requirements import lacking
 
 pytestmark = pytest.mark.host
@@ -248,6 +248,9 @@ def test_usage_of_an_exec_that_runs(oci):
             break
         assert time.monotonic() < deadline
     assert data["cpu"]["usage"]["total"] >= running["cpu_usec"] * 1000
+    if has_controllers("memory", "pids"):
+        assert running["memory"] > 0
+        assert running["pids"] == 1
     oci.call("kill", "--all", name, "KILL", check=True)
 
 
