@@ -558,6 +558,18 @@ def test_names_and_ids(store, tmp_path):
     assert (names, size) == (("one:latest", "two:2"), 10 + 3 + 3)
 
 
+def test_a_whole_id_means_its_image_whatever_is_called_so(store, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    one, _ = store.import_image(str(tmp_path / "one"), "one")
+    two, _ = store.import_image(str(tmp_path / "two"), one.id)
+    assert store.find(one.id).id == one.id
+    assert store.find(two.id).id == two.id
+    store.remove(one.id)
+    assert store.names() == {one.id: two.id}
+
+
 def test_a_name_moves(store, tmp_path):
     first, _ = store.import_image(str(layout(tmp_path / "1")), "a")
     second, _ = store.import_image(str(layout(tmp_path / "2", config={**CONFIG, "created": "x"})), "a")

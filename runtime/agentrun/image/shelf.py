@@ -29,6 +29,8 @@ from agentrun.image.locks import sync_directory
 from agentrun.tomltext import show
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,250}")
+_DIGITS: Final = 64
+"""Of a whole id."""
 _ID: Final = re.compile(r"(?:sha256:)?([0-9a-f]{8,64})")
 
 
@@ -188,10 +190,12 @@ class Shelf:
         Raises:
             UsageError: none or several.
         """
-        names = self.names()
+        names, match = self.names(), _ID.fullmatch(name)
+        if match and len(match[1]) == _DIGITS and self._image_path(name).exists():
+            return f"sha256:{match[1]}"  # though there may be a name that looks like it
         if (found := names.get(full_name(name))) is not None:
             return found
-        if match := _ID.fullmatch(name):
+        if match:
             ids = [known for known in self.image_ids() if known.startswith(f"sha256:{match[1]}")]
             if len(ids) == 1:
                 return ids[0]
