@@ -240,7 +240,7 @@ def test_a_policy_that_does_not_load_is_no_call(daemon, shell):
 def test_a_workspace_that_the_policy_does_not_allow(daemon, tmp_path):
     done = daemon.exec("--policy", "readonly", "--workspace", str(tmp_path), "--", "true")
     assert done.returncode == 2
-    assert done.stderr == b"agentrun: workspace: policy readonly allows it read-only (say :ro)\n"
+    assert done.stderr == b"agentrun: workspace: policy readonly allows it read-only (say :ro, or :cow to change a copy)\n"
     assert daemon.exec("--policy", "readonly", "--workspace", f"{tmp_path}:ro", "--", "true").returncode == 0
 
 

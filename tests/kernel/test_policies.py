@@ -126,7 +126,9 @@ def test_python(look):
 @pytest.mark.parametrize("name", ["readonly", "strict"])
 def test_looking_is_all_they_may(executor, project, name):
     policy = may_run(executor, name)
-    with pytest.raises(UsageError, match=f"^workspace: policy {name} allows it read-only \\(say :ro\\)$"):
+    with pytest.raises(
+        UsageError, match=f"^workspace: policy {name} allows it read-only \\(say :ro, or :cow to change a copy\\)$"
+    ):
         executor.run(["true"], policy=policy, workspace=str(project))
     result = executor.sh("echo x > new; echo x > Makefile; rm Makefile", policy=policy, workspace=Workspace(str(project), "ro"))
     assert result.returncode != 0
@@ -509,7 +511,7 @@ def test_a_sandbox_can_be_built_of_what_loads(executor, lines):
     [
         ("none", "ro", "workspace: policy mine allows none"),
         ("none", "rw", "workspace: policy mine allows none"),
-        ("ro", "rw", "workspace: policy mine allows it read-only (say :ro)"),
+        ("ro", "rw", "workspace: policy mine allows it read-only (say :ro, or :cow to change a copy)"),
         ("ro", "ro", None), ("rw", "ro", None), ("rw", "rw", None),
     ],
 )  # fmt: skip
