@@ -55,7 +55,7 @@ def configuration(
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             # Else runc makes its links in the rootfs, which others start from at the same time.
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=64k"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
             {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"]},
         ],
         "annotations": dict(annotations),
