@@ -74,6 +74,8 @@ def open_image_root(
     points: Mapping[str, bool],
     upper: int = -1,
     frozen: Sequence[Path] = (),
+    *,
+    workdir: str = "/",
 ) -> RootFs:
     """Mount an image's layers, lowest first, as a sandbox's root.
 
@@ -87,6 +89,7 @@ def open_image_root(
         points: paths to attach something at, and whether it is a directory.
         upper: a mount with the directories ``upper`` and ``work``, for a root that can be written to; -1: none.
         frozen: what was written to such a root before, lowest first.
+        workdir: where the image's programs start; made if it is not there, as docker run does.
 
     Raises:
         HostError: a mount call failed; the message names it.
@@ -97,7 +100,7 @@ def open_image_root(
         # What a session wrote is above ours: it may have changed its accounts.
         clones += clone_layers(frozen, userns)
         with view(layers) as image:
-            ours = _build_layer(root, image, ids, etc, owners, tops, points)
+            ours = _build_layer(root, image, ids, etc, owners, tops, points, workdir)
         clones.append(ours)
         try:
             root.fds.insert(0, _mount(clones, layers, userns, upper))
@@ -158,6 +161,7 @@ def _build_layer(
     owners: Owners,
     tops: Collection[str],
     points: Mapping[str, bool],
+    workdir: str,
 ) -> int:
     layer = sc.new_filesystem("tmpfs", {"size": "16m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID)
     try:
@@ -171,19 +175,40 @@ def _build_layer(
             _choose_private(root, layer, image, owners, tops)
             root.has_var_tmp = _is_directory(image, "/var/tmp")
         for path, is_directory in points.items():
-            if _is_directory(image, path) and is_directory:
-                continue
+            # Though the image may have it: the way there has to be free of links, for the mount is attached from outside.
             _make_directory(layer, path[1:] if is_directory else os.path.dirname(path)[1:], image, owners)
             if not is_directory:
                 rootfs.write(layer, path[1:], b"")
+        _make_workdir(root, layer, image, os.path.normpath("/" + workdir.lstrip("/")), owners)
         root.attached |= set(image.names())
-        rootfs.build_dev(root, layer, "/")
+        _add_dev(root, layer)
         rootfs.move(root, sc.open_tree(sc.AT_FDCWD, "/proc", sc.OPEN_TREE_CLONE), "proc")
-        _write_etc(layer, image, ids, etc, owners)
+        _write_etc(layer, image, ids, etc, owners, points)
     except BaseException:
         os.close(layer)
         raise
     return layer
+
+
+def _make_workdir(root: RootFs, layer: int, image: View, path: str, owners: Owners) -> None:
+    """Where it is not there; what is below a directory of the call's own is made in that. The image's links are followed."""
+    private = [rootfs.HOME, *(own.path for own in root.private if not own.on_demand)] if root.private else []
+    private += ["/var/tmp"] if root.has_var_tmp else []
+    hiding = next((own for own in private if path == own or path.startswith(own + "/")), None)
+    if hiding is None and not image.leads_to_directory(path):
+        _make_directory(layer, path.strip("/"), image, owners)
+    elif hiding is not None and path != hiding:
+        root.made.append((path, hiding, owners.uid(0) - owners.base, owners.gid(0) - owners.base))
+
+
+def _add_dev(root: RootFs, layer: int) -> None:
+    """/dev: in our layer; where the root can be written to a mount, of which no tool can remove anything: masks bind its null."""
+    if not root.whole:
+        rootfs.build_dev(root, layer, "/")
+        return
+    dev = sc.new_filesystem("tmpfs", {"size": "1m", "mode": "755"}, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC)
+    rootfs.move(root, dev, "dev")
+    rootfs.build_dev(root, dev, "/", "")
 
 
 def _choose_private(root: RootFs, layer: int, image: View, owners: Owners, tops: Collection[str]) -> None:
@@ -232,7 +257,9 @@ def _is_directory(image: View, path: str) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
-def _write_etc(layer: int, image: View, ids: tuple[int, int], etc: Mapping[str, bytes], owners: Owners) -> None:
+def _write_etc(
+    layer: int, image: View, ids: tuple[int, int], etc: Mapping[str, bytes], owners: Owners, points: Mapping[str, bool]
+) -> None:
     uid, gid = ids
     files = {"hosts": image.read("/etc/hosts") or _HOSTS, **etc}
     for name, number, entry in (
@@ -243,5 +270,7 @@ def _write_etc(layer: int, image: View, ids: tuple[int, int], etc: Mapping[str, 
         if all(line.split(b":")[2:3] != [b"%d" % number] for line in text.splitlines()):
             files[name] = rootfs.replace_entry(text, entry.encode())
     for name, content in files.items():
+        if f"/etc/{name}" in points:
+            continue  # the policy has another one
         rootfs.write(layer, f"etc/{name}", content)
         os.chown(f"etc/{name}", owners.uid(0), owners.gid(0), dir_fd=layer)

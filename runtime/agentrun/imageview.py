@@ -12,10 +12,12 @@ import msgspec
 
 from agentrun.errors import HostError, UsageError
 from agentrun.overlay import mount_overlay
+from agentrun.tomltext import show
 from agentrun_shim import syscalls as sc
 
 _LARGEST = 1 << 20
 _IDS = 65536
+_DIGITS = 10
 _MOST_GROUPS = 32
 """Of a plan (shim/native/plan.c)."""
 
@@ -58,6 +60,14 @@ class View:
         finally:
             os.close(fd)
 
+    def leads_to_directory(self, path: str) -> bool:
+        """Whether a directory is at a path, or where the links there lead."""
+        try:
+            os.close(sc.open_in_root(self._mount, path, os.O_PATH | os.O_DIRECTORY))
+        except OSError:
+            return False
+        return True
+
     def read(self, path: str) -> bytes:
         """A small plain file's content; nothing where there is none.
 
@@ -68,9 +78,10 @@ class View:
             fd = sc.open_in_root(self._mount, path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return b""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # of a directory no file object can be made, and the descriptor would stay
+            os.close(fd)
+            return b""
         with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return b""
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise HostError(f"image: its {path} is larger than {_LARGEST} bytes")
@@ -86,14 +97,15 @@ def view(layers: Sequence[Path]) -> Iterator[View]:
     """
     clones: list[int] = []
     try:
-        clones += clone_layers(layers)
-        # Without an upper directory overlay wants two layers.
-        clones.append(sc.new_filesystem("tmpfs", {"size": "4k", "mode": "755"}, sc.MOUNT_ATTR_RDONLY))
-        mount = mount_overlay(clones, flags=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
-        clones.append(mount)
+        try:
+            clones += clone_layers(layers)
+            # Without an upper directory overlay wants two layers.
+            clones.append(sc.new_filesystem("tmpfs", {"size": "4k", "mode": "755"}, sc.MOUNT_ATTR_RDONLY))
+            mount = mount_overlay(clones, flags=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+            clones.append(mount)
+        except OSError as error:
+            raise HostError(f"looking at an image: {error.filename}: {error.strerror}") from error
         yield View(mount)
-    except OSError as error:
-        raise HostError(f"looking at an image: {error.filename}: {error.strerror}") from error
     finally:
         for fd in clones:
             os.close(fd)
@@ -123,19 +135,19 @@ def find_user(text: str, passwd: bytes, group: bytes) -> User:
     name, colon, group_name = text.partition(":")
     name = name or "0"
     entry = next((e for e in _entries(passwd, 7) if name in (e[0], e[2])), None)
-    if entry is None and not name.isdecimal():
-        raise UsageError(f"image: there is no user {name!r} in its /etc/passwd")
+    if entry is None and not _is_number(name):
+        raise UsageError(f"image: there is no user {show(name)} in its /etc/passwd")
     uid, gid, groups = int(entry[2] if entry else name), int(entry[3]) if entry else 0, tuple[int, ...]()
     if colon and group_name:
         known = next((e for e in _entries(group, 4) if group_name in (e[0], e[2])), None)
-        if known is None and not group_name.isdecimal():
-            raise UsageError(f"image: there is no group {group_name!r} in its /etc/group")
+        if known is None and not _is_number(group_name):
+            raise UsageError(f"image: there is no group {show(group_name)} in its /etc/group")
         gid = int(known[2] if known else group_name)
     elif entry:
         groups = tuple(int(e[2]) for e in _entries(group, 4) if entry[0] in e[3].split(","))
     groups = tuple(dict.fromkeys((gid, *groups)))[:_MOST_GROUPS]
     if bad := [number for number in (uid, gid, *groups) if number >= _IDS]:
-        raise UsageError(f"image: user {text!r}: {bad[0]} is not below {_IDS}")
+        raise UsageError(f"image: user {show(text)}: {bad[0]} is not below {_IDS}")
     return User(uid, gid, groups, entry[0] if entry else "")
 
 
@@ -143,5 +155,10 @@ def _entries(file: bytes, fields: int) -> Iterator[list[str]]:
     """The lines of passwd(5) or group(5) that are well-formed: the third field is a number, and the fourth of passwd."""
     for line in file.decode(errors="replace").splitlines():
         parts = line.split(":")
-        if len(parts) >= fields and all(part.isdecimal() for part in (parts[2:4] if fields > 4 else parts[2:3])):
+        if len(parts) >= fields and all(_is_number(part) for part in (parts[2:4] if fields > 4 else parts[2:3])):
             yield parts
+
+
+def _is_number(text: str) -> bool:
+    """In digits that the kernel's tools know, and no more of them than an id can have."""
+    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS

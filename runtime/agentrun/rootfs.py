@@ -61,6 +61,8 @@ class RootFs(msgspec.Struct):
     private: list[Private] = []
     late: list[tuple[str, str, str]] = []
     """What is bound (from, to) after the private directories, because it is below one of them, which is the third."""
+    made: list[tuple[str, str, int, int]] = []
+    """Directories made in private ones: the path, the private one, uid and gid."""
     whole: bool = False
     """All of it can be written to."""
     attached: set[str] = set()

@@ -112,10 +112,12 @@ def _slot(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
             ops.append(pack_op(Op.SLOT_BIND, source, private.path.encode(), a=private.on_demand))
     if root.has_var_tmp:
         ops.append(pack_op(Op.SLOT_BIND, SCRATCH + b"/tmp", b"/var/tmp"))
-    ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=uid, c=gid))
+    if root.private:  # else the home directory is the root's, which stays: making it again would be writing to a session
+        ops.append(pack_op(Op.MKDIR, rootfs.HOME.encode(), a=0o755, b=uid, c=gid))
+    for path, below, *owner in root.made:
+        ops += _make_steps(path, below, *owner)
     for aside, path, below in root.late:
-        steps = path.removeprefix(below).strip("/").split("/")
-        ops += [pack_op(Op.MKDIR, "/".join([below, *steps[:depth]]).encode(), a=0o755) for depth in range(1, len(steps) + 1)]
+        ops += _make_steps(path, below)
         ops.append(pack_op(Op.SLOT_BIND, aside.encode(), path.encode()))
     # Only those there are: what this kernel's /proc lacks costs no sandbox anything.
     ops += [pack_op(Op.READ_ONLY, path.encode()) for path in shape.fs.read_only if _may_exist(path)]
@@ -124,6 +126,13 @@ def _slot(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
     if shape.net != "host":
         ops.append(pack_op(Op.LOOPBACK))
     return ops
+
+
+def _make_steps(path: str, below: str, uid: int = 0, gid: int = 0) -> list[bytes]:
+    """A directory, and those between it and the one that it is below."""
+    steps = path.removeprefix(below).strip("/").split("/")
+    every = ("/".join([below, *steps[:depth]]) for depth in range(1, len(steps) + 1))
+    return [pack_op(Op.MKDIR, step.encode(), a=0o755, b=uid, c=gid) for step in every]
 
 
 def _may_exist(path: str) -> bool:

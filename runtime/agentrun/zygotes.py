@@ -7,6 +7,7 @@ replaced together, so that calls of different policies see the same host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -166,14 +167,14 @@ class Zygotes:
         lease = zygote.lease = self._images.lease(shape.fs.image)
         owners = Owners(id_base, *shape.fs.owners)
         userns = await zygote.userns(owners.maps())
-        points = {lease.config.workdir: True, **points}  # docker run makes it as well
+        open_root = functools.partial(open_image_root, lease.layers, ids, etc, owners, userns, workdir=lease.config.workdir)
         if shape.fs.root == "scratch" and not shape.fs.session:
             with scratch_upper(shape.scratch_size, owners) as upper:
-                return open_image_root(lease.layers, ids, etc, owners, userns, workspace_tops(), points, upper)
+                return open_root(workspace_tops(), points, upper)
         if not shape.fs.session:
-            return open_image_root(lease.layers, ids, etc, owners, userns, workspace_tops(), points)
+            return open_root(workspace_tops(), points)
         with self._sessions.root(shape.fs.session, await zygote.userns(with_mounter(owners.maps()))) as kept:
-            return open_image_root(lease.layers, ids, etc, owners, userns, (), points, *kept)
+            return open_root((), points, *kept)
 
     def profile(self, name: str) -> Profile:
         """A seccomp profile, with the rules that are in front of every one.

@@ -11,6 +11,7 @@ import pytest
 
 from agentrun import HostError, Policy, UsageError
 from agentrun.image.store import Store
+from agentrun.imageview import view
 from agentrun.policy import Bind, Filesystem, Process
 from tests.image import big
 from tests.image.roots import archive, write_root
@@ -175,6 +176,24 @@ def test_binds_are_shown_in_it(executor, tmp_path):
     )
 
 
+def test_binds_are_laid_over_our_own_files(executor, tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "f").write_text("bound\n")
+    binds = tuple(Bind(str(tmp_path / "f"), f"/etc/{name}") for name in ("hosts", "passwd"))
+    assert executor.text("cat /etc/hosts /etc/passwd", policy=Policy(fs=Filesystem(image="plain", binds=binds))) == "bound\nbound"
+
+
+def test_a_bind_does_not_get_lost_behind_a_link(executor, store, tmp_path):
+    """A mount is attached from outside, where a link of the image leads somewhere else."""
+    write_root(tmp_path / "root", data__inside__f="image's")
+    (tmp_path / "root/linked").symlink_to("/data")
+    store.import_image(str(tmp_path / "root"), "linked")
+    (tmp_path / "shown").mkdir()
+    policy = Policy(fs=Filesystem(image="linked", binds=(Bind(str(tmp_path / "shown"), "/linked/inside"),)))
+    with pytest.raises(HostError, match="/linked is not a directory"):
+        executor.sh("ls /linked/inside", policy=policy)
+
+
 def test_a_name_means_what_it_means_now(executor, store, tmp_path):
     for word in ("first", "second"):
         write_root(tmp_path / word, word=word)
@@ -203,8 +222,53 @@ def test_a_user_that_is_none(executor, store, tmp_path):
     write_root(tmp_path / "root")
     path = archive(tmp_path, "strange", {"User": "nobody-here"}, tmp_path / "root")
     store.import_image(f"docker-archive:{path}", "strange")
-    with pytest.raises(UsageError, match="no user 'nobody-here'"):
+    with pytest.raises(UsageError, match='no user "nobody-here"'):
         executor.sh("true", image="strange")
+
+
+@pytest.mark.parametrize("user", ["9" * 5000, "\u0663", "70000", "app:" + "9" * 5000])
+def test_a_user_that_no_number_is(executor, store, tmp_path, user):
+    write_root(tmp_path / "root")
+    store.import_image(f"docker-archive:{archive(tmp_path, 'number', {'User': user}, tmp_path / 'root')}", "number")
+    with pytest.raises(UsageError, match="image: ") as refused:
+        executor.sh("true", image="number")
+    assert len(str(refused.value)) < 300
+
+
+def test_accounts_with_numbers_that_are_none_are_nobodys(executor, store, tmp_path):
+    write_root(tmp_path / "root", etc__passwd="big:x:" + "9" * 5000 + ":0::/:/bin/sh\napp:x:33:44::/:/bin/sh\n")
+    for user in ("app", "big"):
+        store.import_image(f"docker-archive:{archive(tmp_path, user, {'User': user}, tmp_path / 'root')}", f"id-{user}")
+    assert executor.text("id -u", image="id-app") == "33"
+    with pytest.raises(UsageError, match='no user "big"'):
+        executor.sh("true", image="id-big")
+
+
+def test_accounts_that_are_no_file(executor, store, tmp_path):
+    write_root(tmp_path / "root")
+    (tmp_path / "root/etc/passwd").unlink()
+    (tmp_path / "root/etc/passwd").mkdir()
+    store.import_image(str(tmp_path / "root"), "no-accounts")
+    assert executor.text("id -un", image="no-accounts") == "tool"
+    with store.lease("no-accounts") as lease, view(lease.layers) as files:
+        assert files.read("/etc/passwd") == b""
+    with os.scandir("/proc/self/fd") as entries:
+        paths = [os.readlink(entry.path) for entry in entries if os.path.lexists(entry.path)]
+    assert not [path for path in paths if path.endswith("/etc/passwd")]
+
+
+@pytest.mark.parametrize(
+    "workdir", ["/srv/current", "/srv/./current/", "/home/app/x", "/tmp/build/here", "/var/tmp/b", "//opt/new", "/home/tool/x"]
+)
+def test_where_programs_start(executor, store, tmp_path, workdir):
+    """Through the image's links, and made where it is not there, in what is the call's own as well; owned by the image's root."""
+    write_root(tmp_path / "root", srv__v1__here="x", var__tmp__x="x")
+    (tmp_path / "root/srv/current").symlink_to("v1")
+    store.import_image(f"docker-archive:{archive(tmp_path, 'start', {'WorkingDir': workdir}, tmp_path / 'root')}", "start")
+    said = executor.text("pwd -P; stat -c %u .", image="start").split()
+    policy = Policy(fs=Filesystem(image="start"), process=Process(uid=1234, gid=1234))
+    assert executor.text("echo x > ~/file; stat -c %u .", policy=policy) == "0"
+    assert said == [os.path.normpath(workdir).replace("//", "/").replace("current", "v1"), "1000"]
 
 
 def test_host_is_the_hosts_own(executor):
