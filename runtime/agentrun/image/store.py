@@ -237,7 +237,8 @@ class Store:
             image_id = self._shelf.resolve(name)
             names = self._shelf.names()
             known = full_name(name)
-            gone = (known,) if names.get(known) == image_id else tuple(sorted(key for key, target in names.items() if target == image_id))
+            every = tuple(sorted(key for key, target in names.items() if target == image_id))
+            gone = (known,) if known in every else every
             rest = {key: target for key, target in names.items() if key not in gone}
             self._shelf.write_names(rest)
             if image_id not in rest.values():
