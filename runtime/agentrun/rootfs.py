@@ -131,18 +131,18 @@ def _clone_read_only(path: str, nobody: int) -> int:
     return fd
 
 
-def build_dev(root: RootFs, base: int, host: str) -> None:
-    """A minimal /dev on ``base``, which has the directory already."""
-    os.mkdir("dev/pts", 0o755, dir_fd=base)
+def build_dev(root: RootFs, base: int, host: str, below: str = "dev/") -> None:
+    """A minimal /dev on ``base``: in its directory ``dev``, which is there already, or where else ``below`` says."""
+    os.mkdir(f"{below}pts", 0o755, dir_fd=base)
     for name, target in _dev_links():
-        os.symlink(target, f"dev/{name}", dir_fd=base)
+        os.symlink(target, f"{below}{name}", dir_fd=base)
     for name, (major, minor) in DEVICES.items():
         try:
-            os.mknod(f"dev/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=base)
-            os.chmod(f"dev/{name}", 0o666, dir_fd=base)
+            os.mknod(f"{below}{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=base)
+            os.chmod(f"{below}{name}", 0o666, dir_fd=base)
         except PermissionError:
             # A container around us may refuse device nodes; then the host's own is attached, one mount each.
-            os.close(os.open(f"dev/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base))
+            os.close(os.open(f"{below}{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=base))
             move(root, sc.open_tree(sc.AT_FDCWD, os.path.join(host, "dev", name), sc.OPEN_TREE_CLONE), f"dev/{name}")
 
 
