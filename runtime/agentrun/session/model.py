@@ -16,6 +16,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     """The id of the image below its root; ``host``: the root is the host's and read-only, only the workspace is kept."""
     workspace: str = ""
     """The directory below its workspace, which is never written to; empty: none."""
+    inode: int = 0
+    """Of that directory: another one at its path is not it. 0: nobody knows."""
     layers: tuple[str, ...] = ()
     """Those that do not change any more, lowest first."""
     upper: str

@@ -15,7 +15,7 @@ from agentrun.imageview import clone_layers
 from agentrun.overlay import mount_overlay
 from agentrun.rootfs import RootFs, move
 from agentrun.session.model import Session
-from agentrun.session.store import Sessions
+from agentrun.session.store import Sessions, open_workspace
 from agentrun.workspace import owner_maps, with_mounter
 from agentrun.zygote import Zygote
 from agentrun_shim import syscalls as sc
@@ -103,15 +103,17 @@ class SessionRoots:
         if not session.workspace:
             return
         userns = await zygote.userns(with_mounter(owner_maps(session.caller, owner, self._strangers)))
-        mounts = [open_upper(self.store, session, WORKSPACE, userns)]
+        opened = [open_workspace(session)]
         try:
-            mounts += clone_layers((Path(session.workspace), *frozen(self.store, session, WORKSPACE)), userns)
-            mount = mount_overlay(mounts[1:], upper=mounts[0])
+            opened.append(open_upper(self.store, session, WORKSPACE, userns))
+            base = Path(f"/proc/self/fd/{opened[0]}")
+            opened += clone_layers((base, *frozen(self.store, session, WORKSPACE)), userns)
+            mount = mount_overlay(opened[2:], upper=opened[1])
         except OSError as error:
             why = "its file system cannot map owners" if error.errno in sc.CANNOT_MAP_OWNERS else error.strerror
             raise HostError(f"session {session.id}: workspace {session.workspace}: {why} ({error.filename})") from error
         finally:
-            for fd in mounts:
+            for fd in opened:
                 os.close(fd)
         _attach(root, mount, session.workspace)
 

@@ -13,7 +13,7 @@ from agentrun.changes.mount import clone_quietly
 from agentrun.changes.scan import scan, size_on_disk
 from agentrun.errors import HostError, UsageError
 from agentrun.session.model import Session
-from agentrun.session.store import Sessions
+from agentrun.session.store import Sessions, open_workspace
 from agentrun.tomltext import show_path
 
 
@@ -57,7 +57,7 @@ def _opened(store: Sessions, session: Session) -> Iterator[tuple[ChangeSet, list
     with contextlib.ExitStack() as stack:
         names = (session.upper, *session.layers[::-1])
         layers = [_open_directory(store.layer(name) / "workspace/upper", stack.callback) for name in names]
-        workspace = _open_directory(Path(session.workspace), stack.callback)
+        stack.callback(os.close, workspace := open_workspace(session))
         stack.callback(os.close, base := clone_quietly(workspace))
         uid, gid = session.caller
         changes = ChangeSet(

@@ -24,6 +24,7 @@ from typing import Final
 
 import msgspec
 
+from agentrun.changes.beneath import open_plainly
 from agentrun.changes.draft import dress_like, stamp
 from agentrun.errors import HostError, UsageError
 from agentrun.image import locks
@@ -75,13 +76,15 @@ class Sessions:
         """
         if image == HOST and not workspace:
             raise UsageError("session: without an image and a workspace there is nothing to keep")
-        path = _workspace_path(workspace) if workspace else ""
+        path, inode = _look_at_workspace(workspace) if workspace else ("", 0)
         with self._changing("creating a session"):
             session_id = secrets.token_hex(6)
             if image != HOST:
                 image = self._keep_image(image, session_id)
             caller = os.geteuid(), os.getegid()
-            session = Session(id=session_id, image=image, workspace=path, upper="", caller=caller, created=time.time())
+            session = Session(
+                id=session_id, image=image, workspace=path, inode=inode, upper="", caller=caller, created=time.time()
+            )
             session = msgspec.structs.replace(session, upper=self._new_layer(session), since=self._stamp())
             self._write(session)
         return session
@@ -278,13 +281,17 @@ class Sessions:
             for directory in ("upper", "work"):
                 (new / part / directory).mkdir(0o755, parents=True)
         below = self.layer(session.layers[-1]) if session.layers else None
-        for part, lowest in (("root", ""), ("workspace", session.workspace)):
-            if below is not None or lowest:
-                fd = os.open(below / part / "upper" if below is not None else lowest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    dress_like(new / part / "upper", fd)
-                finally:
-                    os.close(fd)
+        for part in ("root", "workspace"):
+            if below is not None:
+                fd = os.open(below / part / "upper", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            elif part == "workspace" and session.workspace:
+                fd = open_workspace(session)
+            else:
+                continue
+            try:
+                dress_like(new / part / "upper", fd)
+            finally:
+                os.close(fd)
         new.rename(self._layers / name)
         return name
 
@@ -361,12 +368,30 @@ def _wait_alone(fd: int, session_id: str) -> None:
         time.sleep(0.001)
 
 
-def _workspace_path(path: str) -> str:
+def _look_at_workspace(path: str) -> tuple[str, int]:
     fd = open_directory(Workspace(path))
     try:
-        return real_path(fd)
+        return real_path(fd), os.fstat(fd).st_ino
     finally:
         os.close(fd)
+
+
+def open_workspace(session: Session) -> int:
+    """An O_PATH descriptor of the directory below a session's workspace: of the one that it was made for.
+
+    Who may rename something above it could else have a session show what its caller may read, and be applied to that.
+
+    Raises:
+        UsageError: it is gone, or something else is at its path.
+    """
+    try:
+        fd = open_plainly(os.fsencode(session.workspace))
+    except OSError as error:
+        raise UsageError(f"session {session.id}: workspace {session.workspace}: {error.strerror}") from error
+    if session.inode and os.fstat(fd).st_ino != session.inode:
+        os.close(fd)
+        raise UsageError(f"session {session.id}: workspace {session.workspace}: another directory is there now")
+    return fd
 
 
 def _tag(session_id: str) -> str:
