@@ -25,9 +25,16 @@ _ASIDE = "/run/agentrun/workspace"
 
 
 def frozen(store: Sessions, session: Session, part: str) -> tuple[Path, ...]:
-    """The layers of a session that do not change any more, lowest first; those in which there is nothing left out."""
+    """The layers of a session that do not change any more, lowest first; those in which there is nothing left out.
+
+    Raises:
+        HostError: one cannot be read.
+    """
     trees = (store.layer(name) / part / "upper" for name in session.layers)
-    return tuple(tree for tree in trees if any(tree.iterdir()))
+    try:
+        return tuple(tree for tree in trees if any(tree.iterdir()))
+    except OSError as error:
+        raise HostError(f"session {session.id}: {error.filename}: {error.strerror}") from error
 
 
 def open_upper(store: Sessions, session: Session, part: str, userns: int) -> int:

@@ -218,12 +218,12 @@ class Sessions:
             UsageError: there is no such session, or calls run in it.
         """
         with self._exclusive(session_id) as session:
-            if session.image != HOST:
-                with contextlib.suppress(UsageError):
-                    self._store.remove(_tag(session_id))
             self._path(session_id).unlink()
             self._lock_path(session_id).unlink(missing_ok=True)
             locks.sync_directory(self._sessions)
+            if session.image != HOST:  # last: whoever is killed before leaves a name, which is taken back, and no session without
+                with contextlib.suppress(UsageError):
+                    self._store.remove(_tag(session_id))
 
     def prune(self) -> int:
         """Remove layers that no session needs, and what those who were killed have left; how many there were."""
