@@ -308,15 +308,16 @@ class Executor:
         if pool.closed:  # while this call waited for its turn, nobody used it
             pool = self._fleet.pool(call.request.tenant, terms.policy)
         while True:
-            slot, call.warm = await pool.lease()
+            if call.request.session:
+                pool, slot, call.warm = await self._fleet.lease_session(call.request.session, call.request.tenant, terms.policy)
+            else:
+                slot, call.warm = await pool.lease()
             call.leased = monotonic()
             if not call.warm:
                 self.latency.cold(slot.leaf.id)
             try:
                 if self._closing:
                     raise HostError("the executor is closing")
-                if call.request.session:
-                    slot.held.append(release := self._fleet.sessions.hold(call.request.session))
                 self._calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
                 if terms.files is not None:
                     self._fleet.adjust(slot, terms.files)
@@ -330,8 +331,7 @@ class Executor:
                 try:
                     result = await call.finish(self._deadlines, self._fleet.denials, self.memory.governor)
                     if call.request.session and not slot.leftovers():
-                        slot.held.remove(release)  # nothing writes to it any more: no need to wait until init is gone as well
-                        release()
+                        slot.held.pop()()  # nothing writes to it any more: no need to wait until init is gone as well
                     if call.request.timings:
                         result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
                     return result

@@ -107,9 +107,41 @@ class Fleet:
         config, name = self._config, self._name(tenant, shape)
         pool = Pool(build, self._discard, self.later, self._nursery, least=config.pool_least, most=config.pool_most, name=name)
         self._pools[tenant, shape] = pool
-        if shape.fs.session:
-            self._nursery.start_soon(self._retire, [key for key in self._pools if _outdates(shape, key[1])])
         return pool
+
+    async def lease_session(self, key: str, tenant: str, policy: Policy) -> tuple[Pool, Slot, bool]:
+        """A slot for a call in a session, its pool, and whether it was warm. Last of what it holds is the session as it is now.
+
+        Raises:
+            UsageError: it is not as the key says any more, or calls of another pool run in it.
+            HostError: none could be built.
+        """
+        while True:
+            pool = self.pool(tenant, policy)
+            release, outdated = await self.sessions.hold(key, pool)
+            if not pool.closed:
+                break
+            release()  # it was closed while this waited
+        try:
+            if outdated:
+                await self._mount_anew(pool)
+            slot, warm = await pool.lease()
+        except BaseException:
+            release()
+            raise
+        slot.held.append(release)
+        return pool, slot, warm
+
+    async def _mount_anew(self, pool: Pool) -> None:
+        """Have a session's pool build sandboxes that see what others have written, and let go of the session's other pools."""
+        tenant, shape = next(key for key, known in self._pools.items() if known is pool)
+        old = self._zygotes.forget_one(shape, self.id_base(tenant))
+        pool.renew()  # at once: whoever comes next finds the session his
+        with trio.CancelScope(shield=True):
+            for zygote in old:
+                await zygote.aclose()
+            # Nobody waits for a slot of these: he would hold the session.
+            await self._retire([key for key, known in self._pools.items() if known is not pool and _same(shape, key[1])])
 
     def _name(self, tenant: str, shape: Shape) -> str:
         """What people know a pool by. The plain name is the default policy's, whoever comes first; others are numbered."""
@@ -239,6 +271,7 @@ class Fleet:
 
     async def _renew(self) -> None:
         """Look at the host's root anew: sandboxes that are built from now on have it as it is now."""
+        self.sessions.remount()
         old = self._zygotes.forget()  # before the pools ask for new slots
         for pool in self._pools.values():
             pool.renew()
@@ -317,7 +350,6 @@ class Fleet:
             await zygote.aclose()
 
 
-def _outdates(shape: Shape, other: Shape) -> bool:
-    """Whether a shape has the same session as another, as it was before a snapshot or a rollback."""
-    new, old = shape.fs.session, other.fs.session
-    return new != old and bool(old) and new.partition(".")[0] == old.partition(".")[0]
+def _same(shape: Shape, other: Shape) -> bool:
+    """Whether two shapes have the same session, in whatever state."""
+    return shape.fs.session.partition(".")[0] == other.fs.session.partition(".")[0]

@@ -72,7 +72,7 @@ class Pool:
         self._hits = self._misses = self._built = self._failed = 0
         self._pause = self._retry_time = 0.0
         self._unused = self._kept = False
-        self._outdated = 0
+        self._generation = self._outdated = 0
 
     @property
     def target(self) -> int:
@@ -143,6 +143,7 @@ class Pool:
 
     def renew(self) -> None:
         """End the idle slots, and those that are being built when they are ready: something about all of them is out of date."""
+        self._generation += 1
         self._outdated = self._building
         while self._idle:
             self._discard(self._idle.popleft())
@@ -180,6 +181,7 @@ class Pool:
             self._nursery.start_soon(self._build_one)
 
     async def _build_one(self) -> None:
+        generation = self._generation
         try:
             slot = await self._build()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this pool's trouble: other calls go on
@@ -193,13 +195,13 @@ class Pool:
         else:
             self._built += 1
             self._pause = self._retry_time = 0.0
-            if self._outdated:
+            if generation != self._generation:
                 self._discard(slot)
             else:
                 self._keep(slot)
         finally:
             self._building -= 1
-            self._outdated = max(0, self._outdated - 1)
+            self._outdated -= generation != self._generation
         self._refill()
 
     def _keep(self, slot: Slot) -> None:

@@ -217,6 +217,12 @@ class Zygotes:
         self._closed = True
         return self.forget()
 
+    def forget_one(self, shape: Shape, id_base: int) -> list[Zygote]:
+        """The same for one shape and tenant."""
+        found = self._started.pop(_key(shape, id_base), None)
+        self._generation += 1
+        return [] if found is None else [found[0]]
+
     def forget(self) -> list[Zygote]:
         """From this moment on whoever asks gets a new one; the old ones are the caller's to end (``Zygote.aclose``)."""
         old, self._started = [zygote for zygote, _ in self._started.values()], {}

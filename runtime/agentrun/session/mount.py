@@ -7,20 +7,24 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import msgspec
+import trio
 
 from agentrun.errors import HostError, UsageError
 from agentrun.imageview import clone_layers
 from agentrun.overlay import mount_overlay
 from agentrun.rootfs import RootFs, move
 from agentrun.session.model import Session
-from agentrun.session.store import Sessions, open_workspace
+from agentrun.session.store import Busy, Sessions, open_workspace
 from agentrun.workspace import owner_maps, with_mounter
 from agentrun.zygote import Zygote
 from agentrun_shim import syscalls as sc
 
 ROOT, WORKSPACE = "root", "workspace"
+_PATIENCE = 1.0
+"""Seconds to wait for calls of other pools."""
 _ASIDE = "/run/agentrun/workspace"
 
 
@@ -65,6 +69,8 @@ class SessionRoots:
         """``strangers`` is the first of 65,536 host ids of nobody's: see ``owner_maps``."""
         self._strangers = strangers
         self._opened: Sessions | None = None
+        self._mounts: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+        """What the store calls the mount that a pool's sandboxes have."""
 
     @property
     def store(self) -> Sessions:
@@ -73,13 +79,28 @@ class SessionRoots:
             self._opened = Sessions()
         return self._opened
 
-    def hold(self, key: str) -> Callable[[], None]:
-        """Keep a session as it is until what is returned is called.
+    async def hold(self, key: str, pool: object) -> tuple[Callable[[], None], bool]:
+        """Keep a session as it is until what is returned is called; and whether what the pool has mounted is outdated.
 
         Raises:
-            UsageError: it is not as the key says any more.
+            UsageError: it is not as the key says any more, or calls of other pools run in it, and do not end.
         """
-        return functools.partial(os.close, self.store.hold(key))
+        deadline = trio.current_time() + _PATIENCE
+        while True:
+            known = self._mounts.get(pool, "")
+            try:
+                fd, mounted = self.store.hold(key, known)
+            except Busy:  # perhaps only until a call that has returned is taken down
+                if trio.current_time() > deadline:
+                    raise
+                await trio.sleep(0.005)
+                continue
+            self._mounts[pool] = mounted
+            return functools.partial(os.close, fd), mounted != known
+
+    def remount(self) -> None:
+        """Nothing that is mounted is to be used any more."""
+        self._mounts.clear()
 
     def points(self, key: str, others: Mapping[str, bool]) -> Mapping[str, bool]:
         """What a root needs to be there for a session: see ``open_image_root``."""

@@ -3,7 +3,7 @@
 ::
 
     session = store.get("5f1c…")
-    fd = store.hold(session.key)      # shared with other calls; until it is closed nobody changes the session
+    fd, mounted = store.hold(session.key, mounted)      # shared with other calls; until it is closed nobody changes the session
     store.layer(session.upper)        # root/upper root/work workspace/upper workspace/work
 
 What a session is changes by the rename of one small file, so whoever is killed has changed it or has not. A layer belongs to
@@ -39,9 +39,15 @@ MOST_LAYERS: Final = 400
 """Layers of a session; overlay takes 500 (OVL_MAX_STACK), and an image has some."""
 _PATIENCE: Final = 1.0
 """Seconds to wait for calls to be gone."""
+_MOUNT: Final = 16
+"""Letters of a mount's name."""
 _TAG: Final = "agentrun-session/"
 _ID: Final = re.compile(r"[0-9a-f]{12}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Busy(UsageError):
+    """Others run in a session who have it mounted otherwise: see ``Sessions.hold``."""
 
 
 class Sessions:
@@ -114,10 +120,20 @@ class Sessions:
                 found.append(self.get(path.stem))
         return sorted(found, key=lambda session: session.created)
 
-    def hold(self, key: str) -> int:
+    def hold(self, key: str, mounted: str = "") -> tuple[int, str]:
         """Keep a session as it is, with this key, until the descriptor that is returned is closed. Never waits.
 
+        Two overlays must not write to one layer, and one does not see what another has written. So of a session one mount at a
+        time is in use, and the lock's file says which. Who has another one becomes the next when nobody holds the session.
+
+        Args:
+            mounted: what this returned when the caller mounted it; empty: he has not.
+
+        Returns:
+            The descriptor, and the name of the mount that is in use: another one than the caller gave, if he has to mount it now.
+
         Raises:
+            Busy: others hold it who have it mounted otherwise.
             UsageError: there is no such session, it is being changed, or was since somebody asked for its key.
         """
         session_id = key.partition(".")[0]
@@ -128,12 +144,14 @@ class Sessions:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"session {session_id} is being changed; try again") from None
+            if not mounted or os.pread(fd, _MOUNT, 0) != mounted.encode():
+                mounted = _take_turn(fd, session_id)
             if self.get(session_id).key != key:
                 raise UsageError(f"session {session_id} was changed while a call waited for its turn; try again")
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        return fd, mounted
 
     def layer(self, name: str) -> Path:
         """A layer's directory."""
@@ -329,7 +347,7 @@ class Sessions:
 
     def _lock(self, session_id: str) -> int:
         try:
-            return os.open(self._lock_path(session_id), os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(self._lock_path(session_id), os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UsageError(f"session: there is no session {session_id}") from None
 
@@ -354,6 +372,21 @@ class Sessions:
 def default_root() -> Path:
     """Where sessions are: ``$AGENTRUN_SESSIONS``, or the machine's."""
     return Path(os.environ.get("AGENTRUN_SESSIONS") or "/var/lib/agentrun/sessions")
+
+
+def _take_turn(fd: int, session_id: str) -> str:
+    """Be the one whose mount is in use, with a lock that is shared before and after; what it is called."""
+    mount = secrets.token_hex(_MOUNT // 2)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(fd, mount.encode(), 0)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        mount = ""
+    # Between the two kinds of lock there is a moment with none.
+    if not mount or os.pread(fd, _MOUNT, 0) != mount.encode():
+        raise Busy(f"session {session_id}: calls of another policy, tenant or runtime run in it; wait for them")
+    return mount
 
 
 def _wait_alone(fd: int, session_id: str) -> None:

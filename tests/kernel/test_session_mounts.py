@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session is one tree for whoever calls in it, however he does, and no tool takes anything from those who call after it."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from agentrun import HostError, Policy, UsageError
+from agentrun.image.store import Store
+from agentrun.policy import Filesystem
+from agentrun.session.review import carry_over, look
+from agentrun.session.store import Busy, Sessions
+from tests.image.roots import write_root
+from tests.requirements import lacking
+from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, own_config
+
+pytestmark = pytest.mark.host
+WAYS = ({}, {"policy": Policy(net="host")}, {"tenant": "another"})
+"""Sandboxes of other shapes and tenants have the session mounted otherwise."""
+
+
+@pytest.fixture(scope="module")
+def here():
+    """Stores of images and sessions that the environment names."""
+    with tempfile.TemporaryDirectory(prefix="agentrun-mounts-", dir="/var/tmp") as name:
+        root = Path(name)
+        write_root(root / "root", srv__data="image's\n")
+        Store(root / "images").import_image(str(root / "root"), "plain")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AGENTRUN_IMAGES", str(root / "images"))
+            patch.setenv("AGENTRUN_SESSIONS", str(root / "sessions"))
+            yield root
+
+
+@pytest.fixture(scope="module")
+def executor(here):
+    if reason := missing_requirement():
+        lacking(reason)
+    config = own_config()
+    before = Leaks(cgroup_of(config.name))
+    blocking = Blocking(config)
+    yield blocking
+    blocking.close()
+    before.check()
+
+
+@pytest.fixture
+def workspace(here):
+    with tempfile.TemporaryDirectory(prefix="work-", dir=here) as name:
+        Path(name, "project").mkdir()
+        yield Path(name, "project")
+
+
+@pytest.fixture(params=["image", "workspace"])
+def session(request, here, workspace):
+    store = Sessions()
+    made = store.create(image="plain") if request.param == "image" else store.create(workspace=str(workspace))
+    yield made, "/srv/" if request.param == "image" else ""
+    store.remove(made.id)
+
+
+def test_what_one_kind_of_call_writes_the_others_see(executor, session):
+    """Each looks for all the files before they are there: kernels remember that they were not."""
+    made, at = session
+    for way in WAYS:
+        assert executor.sh(f"cat {at}f0 {at}f1 {at}f2 {at}f3 {at}f4 {at}f5", session=made.id, **way).exit_code == 1
+    for number, way in enumerate(WAYS * 2):
+        script = f"ls {at}f[0-9] 2>/dev/null | wc -l; test -e {at}f{number} || echo {number} > {at}f{number}; cat {at}f{number}"
+        assert executor.text(script, session=made.id, **way).split() == [str(number), str(number)]
+        assert all(executor.text(f"cat {at}f{number}", session=made.id, **other) == str(number) for other in WAYS)
+
+
+def test_another_runtime_sees_it_too(executor, session):
+    made, at = session
+    config = own_config()
+    assert executor.sh(f"cat {at}f", session=made.id).exit_code == 1
+    other = Blocking(config)
+    try:
+        assert other.text(f"echo 1 > {at}f; cat {at}f", session=made.id) == "1"
+        assert executor.text(f"cat {at}f; rm {at}f", session=made.id) == "1"
+        assert other.sh(f"cat {at}f", session=made.id).exit_code == 1
+    finally:
+        other.close()
+
+
+def test_other_kinds_of_calls_do_not_run_at_once(executor, session):
+    made, _ = session
+
+    async def both(run):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: run(["sleep", "2"], session=made.id))
+            await trio.sleep(0.5)
+            assert (await run(["true"], session=made.id)).exit_code == 0, "of the same kind they do"
+            with pytest.raises(Busy, match="another policy"):
+                await run(["true"], session=made.id, **WAYS[1])
+
+    executor.call(both, executor.executor.run)
+    assert executor.sh("true", session=made.id, **WAYS[1]).exit_code == 0
+
+
+def test_a_kind_waits_for_what_another_has_left_behind(executor, session):
+    made, at = session
+    for way in WAYS:
+        executor.text(f"sleep 100 & echo {at}", session=made.id, **way)
+
+
+def test_a_mount_is_in_use_until_somebody_else_has_one(here):
+    store = Sessions()
+    made = store.create(image="plain")
+    fd, first = store.hold(made.key)
+    again, same = store.hold(made.key, first)
+    assert same == first
+    for other in ("", "0" * 16):
+        with pytest.raises(Busy):
+            store.hold(made.key, other)
+    os.close(fd)
+    os.close(again)
+    fd, second = store.hold(made.key, "0" * 16)
+    os.close(fd)
+    fd, third = store.hold(made.key, first)
+    os.close(fd)
+    assert len({first, second, third}) == 3
+    store.remove(made.id)
+
+
+def test_no_tool_takes_the_masks_from_the_next(executor, here):
+    store = Sessions()
+    made = store.create(image="plain")
+    executor.text("echo secret > /etc/secret", session=made.id)
+    policy = Policy(fs=Filesystem(masked=("/etc/secret",)))
+    executor.sh("rm -f /dev/null; mv /dev /gone; rm -rf /dev", session=made.id, policy=policy)
+    script = "cat /etc/secret; echo x > /dev/null; test -c /dev/null && echo there"
+    assert executor.text(script, session=made.id, policy=policy) == "there"
+    store.remove(made.id)
+
+
+def test_a_call_that_writes_nothing_leaves_nothing(executor, here):
+    store = Sessions()
+    made = store.create(image="plain")
+    assert executor.text("cat /srv/data; cd; pwd; touch x", session=made.id).split() == ["image's", "/home/tool"]
+    store.rollback(made.id)
+    executor.text("true", session=made.id)
+    time.sleep(0.2)  # the next sandboxes are made meanwhile
+    assert store.snapshot(made.id)[0].layers == ()
+    store.remove(made.id)
+
+
+@pytest.mark.parametrize("instead", ["link", "directory", "nothing"])
+def test_another_directory_is_not_the_workspace(executor, here, workspace, instead):
+    """Who can write above a workspace cannot have a session show, or write to, what only its caller may."""
+    store = Sessions()
+    made = store.create(workspace=str(workspace))
+    executor.text("echo new > f", session=made.id)
+    workspace.rename(workspace.with_name("moved"))
+    other = workspace.with_name("other")
+    other.mkdir()
+    (other / "secret").write_text("x")
+    if instead == "link":
+        workspace.symlink_to(other)
+    elif instead == "directory":
+        other.rename(workspace)
+    for look_again in (look, carry_over):
+        with pytest.raises(UsageError, match="workspace"):
+            look_again(store, made.id)
+    with pytest.raises(UsageError, match="workspace"):
+        executor.sh("ls", session=made.id, **WAYS[1])
+    assert not (workspace / "f").exists()
+    store.remove(made.id)
+
+
+def test_a_layer_that_is_lost_is_told(executor, here):
+    store = Sessions()
+    made = store.create(image="plain")
+    executor.text("touch /x", session=made.id)
+    snapped, _ = store.snapshot(made.id)
+    store.layer(snapped.layers[0]).rename(here / "lost")
+    with pytest.raises(HostError, match=f"session {made.id}: .*No such file"):
+        executor.sh("true", session=made.id)
+    store.remove(made.id)
+
+
+def test_who_is_killed_removing_one_leaves_no_session_without_its_image(here, tmp_path, monkeypatch):
+    write_root(tmp_path / "root", word="here")
+    images, store = Store(), Sessions()
+    images.import_image(str(tmp_path / "root"), "once")
+    made = store.create(image="once")
+    images.remove("once")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", die)
+    with pytest.raises(KeyboardInterrupt):
+        store.remove(made.id)
+    monkeypatch.undo()
+    assert images.find(store.get(made.id).image).layers
+    store.remove(made.id)
