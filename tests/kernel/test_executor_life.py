@@ -219,7 +219,9 @@ def test_a_closed_executor_refuses():
 
 
 def zygotes() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"agentrun-zygote")
+    """Our own executor's, not those of a daemon that others use."""
+    ours = [pid for pid, (parent, _, _) in descendants(os.getpid()).items() if parent == os.getpid()]
+    return [pid for pid in ours if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"agentrun-zygote")
             and Path(f"/proc/{pid}/ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()]  # fmt: skip
 
 
