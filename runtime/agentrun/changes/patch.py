@@ -14,6 +14,7 @@ from agentrun.tomltext import show_path
 
 _LARGEST = 1 << 20
 """Bytes of a file that is compared line by line."""
+_ESCAPES = {ord('"'): b'\\"', ord("\\"): b"\\\\", ord("\n"): b"\\n", ord("\t"): b"\\t", ord("\r"): b"\\r"}
 _LETTERS = {"added": "A", "modified": "M", "deleted": "D", "type": "T", "mode": "m", "time": "t"}
 
 
@@ -89,12 +90,22 @@ def _read(root: int, path: bytes) -> bytes | None:
 
 
 def _compare(path: bytes, before: bytes | None, after: bytes | None, *, was_file: bool, is_file: bool) -> Iterator[bytes]:
-    old, new = b"a/" + path if was_file else b"/dev/null", b"b/" + path if is_file else b"/dev/null"
+    old, new = _quote(b"a/" + path) if was_file else b"/dev/null", _quote(b"b/" + path) if is_file else b"/dev/null"
     if before is None or after is None or b"\0" in before or b"\0" in after:
         yield b"Files " + old + b" and " + new + b" differ\n"
         return
+    # What is behind a tab is no name any more: so one may have spaces in it.
+    old, new = (name + b"\t" if b" " in name and name[:1] != b'"' else name for name in (old, new))
     for line in difflib.diff_bytes(difflib.unified_diff, _lines(before), _lines(after), old, new, lineterm=b"\n"):
         yield line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n"
+
+
+def _quote(name: bytes) -> bytes:
+    """As git writes it, and patch(1) reads it: a name with line feeds could else pretend to be lines of the patch."""
+    if not any(letter < 32 or letter in b'"\\\x7f' for letter in name):
+        return name
+    escaped = (_ESCAPES.get(letter) or (b"%c" if 32 <= letter != 127 else b"\\%03o") % letter for letter in name)
+    return b'"' + b"".join(escaped) + b'"'
 
 
 def _lines(text: bytes) -> list[bytes]:
