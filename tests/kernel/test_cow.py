@@ -330,3 +330,12 @@ def test_two_users_calls_at_once_share_the_original(executor, workspace):
     results = executor.call(both)
     assert sorted(result.stdout for result in results) == [b"one\n", b"two\n"]
     assert Path(workspace / "a").read_bytes() == b"1"
+
+
+def test_a_path_that_cannot_be_written_down_is_refused_before_the_call(executor, workspace, store):
+    odd = os.path.join(str(workspace), os.fsdecode(b"odd\xff"))
+    os.mkdir(odd)
+    assert executor.sh("pwd; touch made", workspace=odd).exit_code == 0
+    with pytest.raises(UsageError, match="not UTF-8"):
+        executor.sh("true", workspace=copy(odd))
+    assert store.ids() == []

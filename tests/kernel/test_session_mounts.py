@@ -199,3 +199,11 @@ def test_who_is_killed_removing_one_leaves_no_session_without_its_image(here, tm
     monkeypatch.undo()
     assert images.find(store.get(made.id).image).layers
     store.remove(made.id)
+
+
+def test_a_path_that_cannot_be_written_down(here, workspace):
+    odd = os.path.join(str(workspace), os.fsdecode(b"odd\xff"))
+    os.mkdir(odd)
+    with pytest.raises(UsageError, match="not UTF-8"):
+        Sessions().create(workspace=odd)
+    assert Sessions().all() == []

@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from agentrun.changes.draft import Draft
-from agentrun.changes.store import Store
+from agentrun.changes.store import Store, check_text
 from agentrun.request import Request
 from agentrun.types import Result
 
@@ -47,6 +47,7 @@ class Drafts:
         """A change set for the length of a call; what was not sealed by then is removed.
 
         Raises:
+            UsageError: the workspace's path cannot be written down.
             HostError: the store cannot be used.
         """
         draft = await trio.to_thread.run_sync(self._begin, request)
@@ -57,6 +58,7 @@ class Drafts:
                 await trio.to_thread.run_sync(draft.close)
 
     def _begin(self, request: Request) -> Draft:
+        check_text(request.workspace_path)
         store = Store()
         if not self._swept:
             store.sweep()

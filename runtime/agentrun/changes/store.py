@@ -31,6 +31,7 @@ from agentrun.changes.check import find_damage
 from agentrun.changes.model import ChangeSet, decode
 from agentrun.errors import HostError, UsageError
 from agentrun.image.locks import exclusive, sync_directory
+from agentrun.tomltext import show_path
 
 _SHORTEST: Final = 4
 """Letters of an id that may stand for it."""
@@ -300,3 +301,16 @@ def _remove(top: int, name: str) -> None:
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=top)
+
+
+def check_text(path: str) -> str:
+    """A workspace's path, where it is to be written down.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"workspace {show_path(path)}: its path is not UTF-8, which changes are not kept for") from None
+    return path

@@ -26,6 +26,7 @@ import msgspec
 
 from agentrun.changes.beneath import open_plainly
 from agentrun.changes.draft import dress_like, stamp
+from agentrun.changes.store import check_text
 from agentrun.errors import HostError, UsageError
 from agentrun.image import locks
 from agentrun.image.shelf import default_root as image_root
@@ -404,7 +405,7 @@ def _wait_alone(fd: int, session_id: str) -> None:
 def _look_at_workspace(path: str) -> tuple[str, int]:
     fd = open_directory(Workspace(path))
     try:
-        return real_path(fd), os.fstat(fd).st_ino
+        return check_text(real_path(fd)), os.fstat(fd).st_ino
     finally:
         os.close(fd)
 
