@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is installed by `make run` or `make test`: tools/setup does it, once.
 PY := .venv/bin/python
 
-.PHONY: run test test-vm check bench bench-burst bench-images bench-overhead bench-replay build clean setup
+.PHONY: run test test-vm check bench bench-burst bench-images bench-overhead bench-replay bench-sessions build clean setup
 
 setup: .venv/.ready
 
@@ -30,10 +30,16 @@ test-vm: build
 bench: build
 	$(PY) -m pip install --quiet --disable-pip-version-check --group bench
 	$(PY) -m bench --install
+	$(PY) -m bench.sessions
+	$(PY) -m bench.images
 
 # Taking in an image of 1 GB, beside podman, tar and cp (ten minutes).
 bench-images: build
 	$(PY) -m bench.images
+
+# Forks and rollbacks of sessions, beside podman and cp (two minutes).
+bench-sessions: build
+	$(PY) -m bench.sessions
 
 # Memory enforcement beside polling; what it costs those who do nothing wrong; recorded agent tasks under one budget (half an hour).
 bench-burst: build
