@@ -322,7 +322,11 @@ class Fleet:
                 await self._renew()
             for pool in self._pools.values():
                 pool.shrink()
-            await self._retire([key for key, pool in self._pools.items() if pool.deserted])
+            await self._retire([key for key, pool in self._pools.items() if pool.deserted or self._is_gone(key[1])])
+
+    def _is_gone(self, shape: Shape) -> bool:
+        """A pool of this shape is for a session that was removed: nobody can use it any more, and agents make many."""
+        return bool(shape.fs.session) and not self.sessions.exists(shape.fs.session)
 
     async def _retire(self, deserted: Sequence[tuple[str, Shape]]) -> None:
         """Let go of pools that nobody uses, and of what only they needed: zygotes, and the cgroups of their tenants."""

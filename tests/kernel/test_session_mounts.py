@@ -16,7 +16,7 @@ from agentrun.session.review import carry_over, look
 from agentrun.session.store import Busy, Sessions
 from tests.image.roots import write_root
 from tests.requirements import lacking
-from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, own_config
+from tests.support import Blocking, Leaks, cgroup_of, eventually, missing_requirement, own_config
 
 pytestmark = pytest.mark.host
 WAYS = ({}, {"policy": Policy(net="host")}, {"tenant": "another"})
@@ -207,3 +207,22 @@ def test_a_path_that_cannot_be_written_down(here, workspace):
     with pytest.raises(UsageError, match="not UTF-8"):
         Sessions().create(workspace=odd)
     assert Sessions().all() == []
+
+
+def test_nothing_is_kept_for_a_session_that_was_removed(executor, here):
+    """An agent that tries many ways has one for each, and calls once."""
+    store = Sessions()
+    made = [store.create(image="plain") for _ in range(3)]
+    pools = executor.executor._fleet._pools
+
+    def kept() -> int:
+        return sum(shape.fs.session.startswith(session.id) for _, shape in list(pools) for session in made)
+
+    for session in made:
+        executor.text("true", session=session.id)
+    assert kept() == 3
+    for session in made[1:]:
+        store.remove(session.id)
+    assert eventually(lambda: kept() == 1), "they are kept"
+    assert executor.text("echo still", session=made[0].id) == "still"
+    store.remove(made[0].id)

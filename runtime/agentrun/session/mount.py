@@ -102,6 +102,10 @@ class SessionRoots:
         """Nothing that is mounted is to be used any more."""
         self._mounts.clear()
 
+    def exists(self, key: str) -> bool:
+        """Whether there is still a session, in whatever state."""
+        return self.store.exists(key.partition(".")[0])
+
     def points(self, key: str, others: Mapping[str, bool]) -> Mapping[str, bool]:
         """What a root needs to be there for a session: see ``open_image_root``."""
         workspace = self._find(key).workspace

@@ -113,6 +113,10 @@ class Sessions:
         except (OSError, msgspec.MsgspecError) as error:
             raise HostError(f"sessions {self.root}: {path} is damaged: {error}") from error
 
+    def exists(self, session_id: str) -> bool:
+        """Whether there is a session of that id."""
+        return self._path(session_id).exists()
+
     def all(self) -> list[Session]:
         """Every session, oldest first."""
         found = []
