@@ -330,8 +330,6 @@ class Executor:
                     running.started(call)
                 try:
                     result = await call.finish(self._deadlines, self._fleet.denials, self.memory.governor)
-                    if call.request.session and not slot.leftovers():
-                        slot.held.pop()()  # nothing writes to it any more: no need to wait until init is gone as well
                     if call.request.timings:
                         result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
                     return result
@@ -340,6 +338,8 @@ class Executor:
                         raise  # its descriptors are not ours any more
             finally:
                 self._calls.pop(slot.id, None)
+                if call.request.session and not slot.leftovers():
+                    slot.held.pop()()  # nothing writes to it any more: no need to wait until init is gone as well
                 pool.release(slot)
 
     async def _wait_turn(self) -> None:

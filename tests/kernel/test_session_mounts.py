@@ -226,3 +226,20 @@ def test_nothing_is_kept_for_a_session_that_was_removed(executor, here):
     assert eventually(lambda: kept() == 1), "they are kept"
     assert executor.text("echo still", session=made[0].id) == "still"
     store.remove(made[0].id)
+
+
+def test_a_session_is_free_as_soon_as_its_call_is_over(executor, here):
+    """Also for who changes it from the executor's own loop, where nothing else can happen meanwhile."""
+    store = Sessions()
+    made = store.create(image="plain")
+
+    async def change_at_once(runner):
+        for script, patience in (("sleep 100 & echo x > /x", 30), ("echo y > /y", 30), ("sleep 100", 0.2)):
+            with trio.move_on_after(patience):
+                await runner.run(["sh", "-c", script], session=made.id)
+            begun = time.monotonic()
+            runner.sessions.snapshot(made.id)
+            assert time.monotonic() - begun < 0.5
+
+    executor.call(change_at_once, executor.executor)
+    store.remove(made.id)

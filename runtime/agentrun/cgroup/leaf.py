@@ -93,7 +93,7 @@ class Leaf:
 
     def only(self, pid: int) -> bool:
         """No live process but this one is in it."""
-        return self._read("cgroup.procs") == b"%d\n" % pid
+        return self._read("cgroup.procs") in (b"", b"%d\n" % pid)
 
     def pids(self) -> list[int]:
         """The processes in it now (host pids; the dead are not listed)."""
