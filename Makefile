@@ -10,6 +10,9 @@ setup: .venv/.ready
 
 build: setup
 	$(PY) -m agentrun_shim.native
+	@for name in agentrun agentrun-oci; do \
+	    cmp -s shim/agentrun_shim/_native/$$name .venv/bin/$$name || \
+	    install -m 755 shim/agentrun_shim/_native/$$name .venv/bin/$$name; done  # else they stay as old as the setup
 
 # The main job on real input: real tools, each in its own sandbox, on this checkout.
 run: build
