@@ -28,6 +28,8 @@ from agentrun.image.layers import LayerInfo
 from agentrun.image.locks import sync_directory
 from agentrun.tomltext import show
 
+SESSION_TAG: Final = "agentrun-session/"
+"""How names begin that keep an image for a session."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,250}")
 _DIGITS: Final = 64
 """Of a whole id."""
@@ -201,7 +203,7 @@ class Shelf:
                 return ids[0]
             if ids:
                 raise UsageError(f"image: {show(name)} is the beginning of {len(ids)} ids")
-        known = ", ".join(sorted(names)) or "none"
+        known = ", ".join(sorted(known for known in names if not known.startswith(SESSION_TAG))) or "none"
         raise UsageError(f"image: there is no image {show(name)} (known: {known})")
 
     def _image_path(self, image_id: str) -> Path:

@@ -29,6 +29,7 @@ from agentrun.changes.draft import dress_like, stamp
 from agentrun.changes.store import check_text
 from agentrun.errors import HostError, UsageError
 from agentrun.image import locks
+from agentrun.image.shelf import SESSION_TAG
 from agentrun.image.shelf import default_root as image_root
 from agentrun.image.store import Store
 from agentrun.policy import HOST
@@ -42,7 +43,6 @@ _PATIENCE: Final = 1.0
 """Seconds to wait for calls to be gone."""
 _MOUNT: Final = 16
 """Letters of a mount's name."""
-_TAG: Final = "agentrun-session/"
 _ID: Final = re.compile(r"[0-9a-f]{12}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -282,7 +282,7 @@ class Sessions:
         if self._images is None and not image_root().exists():
             return
         for name in self._store.names():
-            if name.startswith(_TAG) and name.removesuffix(":latest") not in needed:
+            if name.startswith(SESSION_TAG) and name.removesuffix(":latest") not in needed:
                 with contextlib.suppress(UsageError):
                     self._store.remove(name)
 
@@ -433,4 +433,4 @@ def open_workspace(session: Session) -> int:
 
 
 def _tag(session_id: str) -> str:
-    return f"{_TAG}{session_id}"
+    return f"{SESSION_TAG}{session_id}"
