@@ -15,13 +15,12 @@ from agentrun.imageview import view
 from agentrun.policy import Bind, Filesystem, Process
 from tests.image import big
 from tests.image.roots import archive, write_root
-from tests.requirements import lacking
-from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config, result_of
+from tests.support import open_daemon, result_of
 
 pytestmark = pytest.mark.host
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def store():
     """A store with images; ``AGENTRUN_IMAGES`` names it."""
     with tempfile.TemporaryDirectory(prefix="agentrun-images-", dir="/var/tmp") as name:
@@ -45,25 +44,9 @@ def store():
             "Entrypoint": ["/bin/env", "ENTERED=1"],
         }
         store.import_image(f"docker-archive:{archive(here, 'two', config, here / 'lower', upper)}", "two")
-        before = os.environ.get("AGENTRUN_IMAGES")
-        os.environ["AGENTRUN_IMAGES"] = str(store.root)
-        yield store
-        del os.environ["AGENTRUN_IMAGES"]
-        if before is not None:
-            os.environ["AGENTRUN_IMAGES"] = before
-
-
-@pytest.fixture(scope="module")
-def executor(store):
-    if reason := missing_requirement():
-        lacking(reason)
-    config = own_config()
-    before = Leaks(cgroup_of(config.name))
-    blocking = Blocking(config)
-    yield blocking
-    blocking.close()
-    before.check()
-    assert not cgroup_of(config.name).exists()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AGENTRUN_IMAGES", str(store.root))
+            yield store
 
 
 def inodes(root: Path) -> dict[str, tuple[int, ...]]:

@@ -15,15 +15,14 @@ from agentrun.policy import Filesystem
 from agentrun.session.review import carry_over, look
 from agentrun.session.store import Busy, Sessions
 from tests.image.roots import write_root
-from tests.requirements import lacking
-from tests.support import Blocking, Leaks, cgroup_of, eventually, missing_requirement, own_config
+from tests.support import Blocking, eventually, own_config
 
 pytestmark = pytest.mark.host
 WAYS = ({}, {"policy": Policy(net="host")}, {"tenant": "another"})
 """Sandboxes of other shapes and tenants have the session mounted otherwise."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def here():
     """Stores of images and sessions that the environment names."""
     with tempfile.TemporaryDirectory(prefix="agentrun-mounts-", dir="/var/tmp") as name:
@@ -34,18 +33,6 @@ def here():
             patch.setenv("AGENTRUN_IMAGES", str(root / "images"))
             patch.setenv("AGENTRUN_SESSIONS", str(root / "sessions"))
             yield root
-
-
-@pytest.fixture(scope="module")
-def executor(here):
-    if reason := missing_requirement():
-        lacking(reason)
-    config = own_config()
-    before = Leaks(cgroup_of(config.name))
-    blocking = Blocking(config)
-    yield blocking
-    blocking.close()
-    before.check()
 
 
 @pytest.fixture

@@ -19,28 +19,23 @@ from agentrun.image.store import Store
 from agentrun.policy import Filesystem
 from agentrun.session.store import Sessions
 from tests.image.roots import write_root
-from tests.requirements import lacking
-from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config
+from tests.support import open_daemon
 
 pytestmark = pytest.mark.host
 KILLS = int(os.environ.get("AGENTRUN_SESSION_KILLS", "30"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def home():
     """Stores of images and of sessions that the environment names, and a workspace."""
     with tempfile.TemporaryDirectory(prefix="agentrun-sessions-", dir="/var/tmp") as name:
         here = Path(name)
         write_root(here / "root", srv__data="image's\n")
         Store(here / "images").import_image(str(here / "root"), "plain")
-        before = {key: os.environ.get(key) for key in ("AGENTRUN_IMAGES", "AGENTRUN_SESSIONS")}
-        os.environ.update(AGENTRUN_IMAGES=str(here / "images"), AGENTRUN_SESSIONS=str(here / "sessions"))
-        yield here
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AGENTRUN_IMAGES", str(here / "images"))
+            patch.setenv("AGENTRUN_SESSIONS", str(here / "sessions"))
+            yield here
 
 
 @pytest.fixture
@@ -55,19 +50,6 @@ def workspace(home):
 @pytest.fixture(scope="module")
 def store(home):
     return Sessions()
-
-
-@pytest.fixture(scope="module")
-def executor(home):
-    if reason := missing_requirement():
-        lacking(reason)
-    config = own_config()
-    before = Leaks(cgroup_of(config.name))
-    blocking = Blocking(config)
-    yield blocking
-    blocking.close()
-    before.check()
-    assert not cgroup_of(config.name).exists()
 
 
 def tree(root: Path) -> dict[str, tuple[object, ...]]:
