@@ -63,7 +63,18 @@ def killed_after(action, seconds: float) -> bool:
         os.killpg(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL)
+    wait_until_gone(pid)
     return status != 0
+
+
+def wait_until_gone(group: int) -> None:
+    """Its zstd holds what it inherited, as the store promises, and dies of the same signal, but when it likes."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.001)
+        raise AssertionError(f"process group {group} is still there")
 
 
 def is_whole(store: Store, kept: str) -> None:
