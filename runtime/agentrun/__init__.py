@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-    from agentrun.executor import Executor, ExecutorConfig, open_executor
+    from agentrun.executor import Executor, open_executor
+    from agentrun.executorconfig import ExecutorConfig
     from agentrun.policy import Limits, Policy
     from agentrun.running import Running
     from agentrun.stdio import PIPE
@@ -50,7 +51,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "errors": ("AgentrunError", "HostError", "LimitError", "Overloaded", "SandboxError", "UsageError"),
-    "executor": ("Executor", "ExecutorConfig", "open_executor"),
+    "executor": ("Executor", "open_executor"),
+    "executorconfig": ("ExecutorConfig",),
     "policy": ("Limits", "Policy"),
     "running": ("Running",),
     "stdio": ("PIPE",),

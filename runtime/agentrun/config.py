@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 
 from agentrun.errors import UsageError
-from agentrun.executor import ExecutorConfig
+from agentrun.executorconfig import ExecutorConfig
 from agentrun.metrics import parse_address
 from agentrun.policy import Limits
 from agentrun.request import check_tenant

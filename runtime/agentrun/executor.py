@@ -31,7 +31,8 @@ from agentrun.changes.keeping import Drafts, Keeping
 from agentrun.deadlines import Deadlines
 from agentrun.environment import encode
 from agentrun.errors import HostError, Overloaded, UsageError
-from agentrun.fleet import Fleet, FleetConfig
+from agentrun.executorconfig import ExecutorConfig
+from agentrun.fleet import Fleet
 from agentrun.hints import apply_hint
 from agentrun.latency import Latency, Report
 from agentrun.nursery import open_plain_nursery
@@ -47,29 +48,6 @@ from agentrun.types import Result
 from agentrun.workspace import Workspace, as_path, check_mode, open_directory, real_path
 
 _HOME = rootfs.HOME.encode()
-
-
-class ExecutorConfig(FleetConfig, frozen=True, kw_only=True):
-    """How an executor is run."""
-
-    name: str = ""
-    """Of its cgroup, ``agentrun-<name>``; empty: one made from the pid and the time."""
-    max_running: int = 64
-    """Calls at once; more wait."""
-    max_queued: int = 1024
-    """Calls that may wait; more are refused with ``Overloaded``."""
-    capture_limit: int = 1 << 20
-    """Bytes kept of each captured stream."""
-    probes: bool = False
-    """Start the probes process: programs in the kernel that see memory charged, and act at once. Takes BCC and some 120 MB."""
-    phases: bool = True
-    """If there is one, let it also time what sandboxes are made of, for ``agentrun lat``; docs/latency.md has what that costs."""
-    sched: bool = False
-    """And schedule short calls before long ones, where the kernel has sched_ext; docs/scheduling.md."""
-    memory_budget: int | None = None
-    """Bytes for all calls together; bursts are granted out of it."""
-    tenant_priorities: Mapping[str, int] = {}
-    """Whose bursts come first: the higher; 0 for who is not named."""
 
 
 class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from agentrun.denials import Denials
 from agentrun.egress.path import EgressPath
 from agentrun.egress.rules import parse_rules
 from agentrun.errors import HostError, SandboxError
+from agentrun.executorconfig import FleetConfig
 from agentrun.images import Images
 from agentrun.latency import Latency
 from agentrun.policy import DEFAULT, Limits, Policy
@@ -40,19 +41,6 @@ _LIFTED = {"memory.max": "max", "memory.oom.group": "0", "memory.swap.max": "max
 _ID_END = 1 << 32
 _CHORES_WAIT = 0.02
 """Seconds for which chores give way to tasks that always have something to do, such as busy relays."""
-
-
-class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How many sandboxes are kept, and for whom."""
-
-    pool_least: int = 1
-    """Warm slots each pool in use keeps."""
-    pool_most: int = 32
-    """Warm slots a pool keeps at most. 0: build every slot when it is asked for."""
-    id_base: int = 0x60000000
-    """First host uid and gid of ranges of 65,536: one for whoever is a stranger in a workspace, then one for each tenant."""
-    tenant_limits: Mapping[str, Limits] = {}
-    """Budgets of tenants: what all calls of one may use together."""
 
 
 class Fleet:

@@ -37,6 +37,7 @@ BOTTOM = {
     "agentrun.policy": {"agentrun.errors", "agentrun.units"},
     "agentrun.tomltext": set(),
     "agentrun.policytables": {"agentrun.policy"},
+    "agentrun.executorconfig": {"agentrun.policy"},
     "agentrun.egress.rules": {"agentrun.errors", "agentrun.egress.addresses"},
     "agentrun.egress.addresses": set(),
     "agentrun.policychecks": {
