@@ -2,6 +2,7 @@
 """Copy-on-write workspaces in real calls: the original stays as it is, and what is kept is exactly what the tool did."""
 
 import contextlib
+import fcntl
 import functools
 import inspect
 import io
@@ -9,6 +10,8 @@ import json
 import os
 import socket
 import stat
+import struct
+import subprocess
 import tempfile
 import traceback
 from pathlib import Path
@@ -17,12 +20,13 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 
-from agentrun import PIPE, UsageError, Workspace, cli
+from agentrun import PIPE, HostError, UsageError, Workspace, cli
 from agentrun.changes.store import Store
 from agentrun.overlay import mount_overlay
 from tests import changes_lab
 from tests.changes_lab import CHANGES, TREES, clone, difference, directory, do, essence, snapshot
 from tests.kernel.wall import NOBODY
+from tests.requirements import lacking
 from tests.support import connect, eventually, exec_frame, open_daemon, read_answer
 
 pytestmark = pytest.mark.host
@@ -170,6 +174,64 @@ def test_a_call_that_was_killed_keeps_its_changes_and_a_cancelled_one_does_not(e
 
     executor.call(cancelled)
     assert os.listdir(store.root) == ["lock"]
+
+
+@pytest.mark.parametrize("number", [3, 300])
+def test_what_is_kept_is_on_the_disk_when_the_call_has_ended(executor, workspace, store, number):
+    with tempfile.NamedTemporaryFile(dir=store.root) as file:
+        file.write(bytes(9000))
+        file.flush()
+        told = is_only_in_memory(Path(file.name))
+    if not told:
+        pytest.skip("this file system does not say what is not on the disk yet")
+    script = f"mkdir d; for n in $(seq {number}); do head -c 9000 /dev/zero > d/f$n; done"
+    result = executor.sh(script, workspace=copy(workspace))
+    assert result.changes.added == number + 1
+    for path in (store.root / result.changes.id / "upper/d").iterdir():
+        assert not is_only_in_memory(path), path
+
+
+DELALLOC = 4
+"""FIEMAP_EXTENT_DELALLOC (linux/fiemap.h)."""
+
+
+def is_only_in_memory(path: Path) -> bool:
+    """Whether the kernel has not even decided yet where on the disk something of a file is to be."""
+    with path.open("rb") as file:
+        request = bytearray(struct.pack("=QQIIII", 0, 2**64 - 1, 0, 0, 16, 0) + bytes(16 * 56))
+        try:
+            fcntl.ioctl(file, 0xC020660B, request)  # FS_IOC_FIEMAP
+        except OSError:
+            return False
+    mapped = struct.unpack_from("=I", request, 20)[0]
+    flags = [struct.unpack_from("=I", request, 32 + 56 * number + 40)[0] for number in range(mapped)]
+    return any(flag & DELALLOC for flag in flags)
+
+
+def test_a_store_on_a_file_system_of_its_own_bounds_it(executor, workspace, monkeypatch):
+    """The tool is told that there is no room; what it wrote until then is kept, and the store goes on."""
+    with directory() as path:
+        image, store = path / "image", path / "store"
+        with image.open("wb") as file:
+            file.truncate(64 << 20)
+        store.mkdir()
+        made = subprocess.run(["mkfs.ext4", "-q", image], check=False, capture_output=True)
+        if made.returncode or subprocess.run(["mount", "-o", "loop", image, store], check=False).returncode:
+            lacking("mkfs.ext4 and loop devices")
+        try:
+            monkeypatch.setenv("AGENTRUN_CHANGES", str(store))
+            result = executor.sh("echo x > first; head -c 200m /dev/zero > big", workspace=copy(workspace))
+            assert b"No space left on device" in result.stderr, result
+            assert result.changes.added == 2
+            assert 16 << 20 < result.changes.bytes < 64 << 20
+            with pytest.raises(HostError, match="disk is full; apply or discard some"):
+                executor.sh("echo y > second", workspace=copy(workspace))
+            assert Store().discard(result.changes.id) == result.changes.id
+            result = executor.sh("echo y > second", workspace=copy(workspace))
+            assert (result.exit_code, result.changes.added) == (0, 1)
+            assert list(Store().verify()) == []
+        finally:
+            subprocess.run(["umount", store], check=True)
 
 
 def test_policies_allow_it_where_they_allow_reading(executor, workspace):

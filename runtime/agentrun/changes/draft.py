@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agentrun.changes.beneath import DIRECTORY
+from agentrun.changes.beneath import DIRECTORY, FILE, opened, sync_file_system, walk
 from agentrun.changes.model import ChangeSet, count, encode
 from agentrun.changes.mount import clone_quietly
 from agentrun.changes.nodes import counts
-from agentrun.changes.scan import scan, size_on_disk
+from agentrun.changes.scan import scan
 from agentrun.changes.store import Store, remove_deep
 from agentrun.errors import HostError
 from agentrun.image.locks import sync_directory
 from agentrun.types import Changes
 
 _TICK = 0.0005
+_MANY = 32
+"""From so many entries on, the whole file system is synced once instead of each of them."""
 
 
 class Draft:
@@ -75,18 +78,21 @@ class Draft:
         upper, base = os.open(self._path / "upper", DIRECTORY), clone_quietly(self._workspace)
         try:
             changes = scan([upper], base, since=self._since)
-            size, inode = size_on_disk([upper]), os.fstat(base).st_ino
+            if not changes:
+                return None
+            entries, inode = list(walk(upper, b"")), os.fstat(base).st_ino
+            size = sum(512 * found.st_blocks for _, found in entries)
+            _sync(upper, entries)  # before there is a manifest, which says that all of it is there
         finally:
             os.close(base)
             os.close(upper)
-        if not changes:
-            return None
         remove_deep(self._path / "work")
         whole = ChangeSet(
             id=self.id, workspace=self._workspace_path, inode=inode, uid=caller[0], gid=caller[1], created=time.time(), call=call,
             argv=argv, size=size, changes=changes,
         )  # fmt: skip
         _write(self._path / "manifest", encode(whole))
+        sync_directory(self._store.root)
         self._sealed = True
         return Changes(id=self.id, bytes=size, **count(changes))
 
@@ -136,6 +142,18 @@ def stamp(fd: int) -> int:
         if (now := os.fstat(fd).st_ctime_ns) > first:
             return now
         time.sleep(_TICK)
+
+
+def _sync(upper: int, entries: Sequence[tuple[bytes, os.stat_result]]) -> None:
+    """Have what is kept on the disk: all of it at once where that is cheaper, though others' files are written then as well."""
+    if len(entries) >= _MANY:
+        sync_file_system(upper)
+        return
+    for path, found in entries:
+        if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+            with opened(upper, path, FILE) as fd:
+                os.fsync(fd)
+    os.fsync(upper)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -35,10 +35,14 @@ def mount_changes(dirfd: int, path: str, kept: int, *, lower: int, upper: int) -
         os.close(base)
     if os.fstatvfs(mount).f_flag & os.ST_RDONLY:  # what overlay makes of it where it can have no place to work in
         os.close(mount)
-        raise HostError(f"workspace {path}: overlay cannot write to the change store; {_WHERE}")
+        there = os.fstatvfs(kept)
+        why = "its disk is full; apply or discard some" if there.f_bavail * there.f_frsize < _LEAST else _WHERE
+        raise HostError(f"workspace {path}: overlay cannot write to the change store; {why}")
     return mount
 
 
+_LEAST = 1 << 20
+"""Bytes that nobody has to himself any more, where what is reserved for root is left."""
 _WHERE = "the store of changes has to be on ext4, xfs or btrfs, or on tmpfs since Linux 6.3 (AGENTRUN_CHANGES)"
 
 
