@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Applying: what it refuses, what it leaves alone, and that it may be killed anywhere."""
 
+import contextlib
 import json
 import os
 import random
@@ -61,6 +62,26 @@ def test_it_is_applied_and_gone(place, capsys):
     assert (base / "t/deep/er").read_bytes() == b"y"
     assert (base / "u").read_bytes() == b"file now"
     assert not [path for path in snapshot(base) if ".agentrun-" in path]
+
+
+def test_a_bar_for_those_who_look(place):
+    """On a terminal how far it is, on stderr; for all others nothing, and the answer is the same."""
+    for terminal in (True, False):
+        name = keep(Store(), place / "base", DONE if terminal else [("append", "a", b"again")])
+        ours, theirs = os.openpty()
+        words = [sys.executable, "-m", "agentrun.cli", "apply", name]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=theirs if terminal else subprocess.PIPE, env={**os.environ, "TERM": "xterm"}
+        ) as child:
+            os.close(theirs)
+            drawn = b""
+            with contextlib.suppress(OSError):  # EIO, once the other end is closed
+                while terminal and (chunk := os.read(ours, 65536)):
+                    drawn += chunk
+            out, said = child.communicate()
+        os.close(ours)
+        assert (child.returncode, out[: 8 + len(name)]) == (0, f"applied {name}".encode())
+        assert b"applying" in drawn if terminal else said == b""
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,16 @@ from agentrun.changes.units import Unit, make_units
 from agentrun.errors import HostError, UsageError
 
 _CANNOT_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS)
+Step = Callable[[str, int, int], None]
+"""Told what is being done, and how much of it is, of how much."""
 _AT_ONCE: Final = 256
 """Units that are made before the first of them is put into its place."""
 _MANY: Final = 32
 """From so many new entries on, the whole file system is synced once instead of each of them."""
+
+
+def no_step(_what: str, _done: int, _total: int) -> None:
+    """A ``Step`` for nobody."""
 
 
 class Report(msgspec.Struct):
@@ -68,7 +74,7 @@ def apply(
     name: str,
     force: bool = False,
     begin: Callable[[], None] = lambda: None,
-    step: Callable[[int, int], None] = lambda _done, _total: None,
+    step: Step = no_step,
 ) -> Report:
     """Apply changes to the directory ``root``, with the rights of whoever calls this.
 
@@ -77,56 +83,64 @@ def apply(
         name: of the change set; in the names used beside what is replaced.
         force: overwrite files that were changed meanwhile; see ``check``.
         begin: called when nothing is in the way, before anything is touched.
-        step: told how far it is.
+        step: told how far it is: "checking", then "applying", where each file or tree counts twice, made and put into place.
 
     Raises:
         UsageError: the caller has not the right to.
         HostError: the change set is damaged.
         OSError: something cannot be written.
     """
-    return _Apply(changes, layers, root, name, force).run(begin, step)
+    return _Apply(changes, layers, root, name, force, step).run(begin)
 
 
 class _Apply:
-    def __init__(self, changes: Sequence[Change], layers: Sequence[int], root: int, name: str, force: bool) -> None:
+    def __init__(self, changes: Sequence[Change], layers: Sequence[int], root: int, name: str, force: bool, step: Step) -> None:
         self._changes, self._units = changes, make_units(changes)
-        self._layers, self._root, self._name, self._force = layers, root, name, force
+        self._layers, self._root, self._name, self._force, self._step = layers, root, name, force, step
+        self._steps = 0
         self._touched: set[bytes] = set()
         self._report = Report()
 
-    def run(self, begin: Callable[[], None], step: Callable[[int, int], None]) -> Report:
+    def run(self, begin: Callable[[], None]) -> Report:
         report = self._report
         if (problem := find_damage(self._changes, self._layers)) is not None:
             raise HostError(f"change set {self._name} is damaged: {problem}; nothing was applied")
-        for unit in self._units:
+        for number, unit in enumerate(self._units):
+            self._step("checking", number, len(self._units))
             _check_rights(unit, self._layers)
             self._recover(unit)
             report.conflicts += check(unit, self._layers, self._root, force=self._force)[1]
+        self._step("checking", len(self._units), len(self._units))
         if report.conflicts:
             return report
         begin()
         report.begun = True
         for number in range(0, len(self._units), _AT_ONCE):
-            step(number, len(self._units))
             some = self._units[number : number + _AT_ONCE]
             self._build(some)
             for unit in some:
                 self._finish(unit)
+                self._count()
         for path in self._touched:
             # One that has gone is somebody's doing, and was reported if anything of ours went with it.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self._root, path, DIRECTORY) as fd:
                 os.fsync(fd)
-        step(len(self._units), len(self._units))
         return report
+
+    def _count(self) -> None:
+        self._steps += 1
+        self._step("applying", self._steps, 2 * len(self._units))
 
     def _build(self, units: Sequence[Unit]) -> None:
         """Make what is new of some units, and have it on the disk, all of it at once where that is cheaper."""
-        units = [unit for unit in units if unit.new is not None and not unit.attributes]
-        one_by_one = sum(1 + len(unit.inner) for unit in units) < _MANY
-        for unit in units:
+        made = [unit for unit in units if unit.new is not None and not unit.attributes]
+        one_by_one = sum(1 + len(unit.inner) for unit in made) < _MANY
+        for unit in made:
             if check(unit, self._layers, self._root, force=self._force)[0] is State.TODO:
                 with opened(self._root, split(unit.path)[0], DIRECTORY) as parent:
                     build(unit, self._layers, parent, self._names(unit)[0], sync=one_by_one)
+            self._count()
+        self._steps += len(units) - len(made)
         if not one_by_one:
             with opened(self._root, b"", DIRECTORY) as fd:
                 sync_file_system(fd)

@@ -17,6 +17,7 @@ from agentrun.changes.client import Source, find_source
 from agentrun.changes.model import ChangeSet, path_to_json, to_json
 from agentrun.changes.patch import describe, make_patch
 from agentrun.changes.store import Store
+from agentrun.cli.progress import progress
 from agentrun.config import DEFAULT_SOCKET
 from agentrun.errors import HostError, UsageError
 from agentrun.tomltext import show_path
@@ -125,7 +126,8 @@ def _apply(source: Source, args: argparse.Namespace) -> int:
         root = _open_workspace(changes)
         try:
             begin = functools.partial(source.begin_applying, changes.id)
-            report = apply(changes.changes, [opened.upper], root, name=changes.id, force=args.force, begin=begin)
+            with progress(counts_bytes=False) as step:
+                report = apply(changes.changes, [opened.upper], root, name=changes.id, force=args.force, begin=begin, step=step)
         except OSError as error:
             where = f" ({show_path(error.filename)})" if error.filename else ""
             raise HostError(f"change set {changes.id}: {error.strerror}{where}; apply it again to finish") from error
