@@ -981,7 +981,7 @@ def test_from_the_command_line(shell, tmp_path):
     assert shell("ls") == f"{'NAME':<4}  {'ID':<12}  {'LAYERS':>6}  {'SIZE':>10}  IMPORTED\n"
     answer = json.loads(shell("import", path, "app:1", "--json"))
     assert answer["names"] == ["app:1"]
-    assert shell("import", path).split() == ["layout:latest", answer["id"][7:19]]
+    assert shell("import", path).split() == ["layout:latest", answer["id"][7:19], f"oci:{path}"]
     assert [line.split()[:3] for line in shell("ls").splitlines()[1:]] == [
         [name, answer["id"][7:19], "2"] for name in ("app:1", "layout:latest")
     ]
@@ -999,6 +999,46 @@ def test_from_the_command_line(shell, tmp_path):
     assert shell("rm", "layout") == "removed layout:latest\n"
     assert shell("prune") == "removed 0 images, 2 layers, 16 B\n"
     assert json.loads(shell("prune", "--json")) == {"images": [], "layers": [], "size": 0}
+
+
+def test_what_it_was_taken_for_is_said(shell, tmp_path):
+    made = layout(tmp_path / "layout")
+    (tmp_path / "root.tar").write_bytes(LAYERS[0])
+    (tmp_path / "root").mkdir()
+    taken = {
+        "oci": made,
+        "oci-archive": pack(made, tmp_path / "layout.tar"),
+        "docker-archive": saved(tmp_path / "saved.tar", ["a:1"]),
+        "tar": tmp_path / "root.tar",
+        "dir": tmp_path / "root",
+    }
+    for kind, path in taken.items():
+        for reference in (path, f"{kind}:{path}"):
+            assert shell("import", reference, "x").split()[2] == f"{kind}:{path}"
+            assert json.loads(shell("import", reference, "x", "--json"))["source"] == f"{kind}:{path}"
+        assert f"source      {kind}:{path}\n" in shell("show", "x")
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_an_archive_of_images_with_a_stranger_in_it_is_told(store, tmp_path, monkeypatch, capfd, place):
+    """It could be a root file system, so it is taken for one; not without a word."""
+    monkeypatch.setenv("AGENTRUN_IMAGES", str(store.root))
+    path, inside = tmp_path / "s.tar", tmp_path / "inside"
+    with tarfile.open(saved(tmp_path / "plain.tar", ["app:1"], legacy=False)) as archive:
+        archive.extractall(inside, filter="data")
+    (inside / ("README" if place == "first" else "sums.txt")).write_text("for humans")
+    pack(inside, path)
+    assert main(["image", "import", str(path), "x"]) == 0
+    said = capfd.readouterr()
+    assert said.out.split()[2] == f"tar:{path}"
+    assert said.err == (
+        f"agentrun: {path}: taken as a root file system, though it has manifest.json at its top; if there are images in it,"
+        " say so (docker-archive:PATH, oci-archive:PATH)\n"
+    )
+    for reference in (f"tar:{path}", f"docker-archive:{path}"):  # who says it is told nothing
+        assert main(["image", "import", reference, "x"]) == 0
+        assert capfd.readouterr().err == ""
+    is_right(store, "x")
 
 
 def test_what_the_command_line_exits_with(shell, tmp_path):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from agentrun.image.limits import Limits, Report, silent
+from agentrun.cli.progress import progress
+from agentrun.image.limits import Limits
 from agentrun.image.recipe import load, recipe_files
 from agentrun.image.shelf import Image
+from agentrun.image.sources import find_archive_mark
 from agentrun.image.store import Store
 from agentrun.tomltext import show_path
 from agentrun.units import parse_number, parse_size
@@ -111,9 +111,25 @@ def _import(store: Store, args: argparse.Namespace, limits: Limits) -> int:
         reference = f"docker://{reference}"
     if args.action == "build":
         reference = f"recipe:{reference}"
-    with _progress() as report:
+    with progress() as report:
         image, names = store.import_image(reference, name, limits, report, insecure=insecure)
-    return _print(args.json, {"id": image.id, "names": names}, [f"{called}  {_short(image.id)}" for called in names or ("-",)])
+    if image.source != reference:
+        _warn_of_archive(store, image, reference)
+    lines = [f"{called}  {_short(image.id)}  {show_path(image.source)}" for called in names or ("-",)]
+    return _print(args.json, {"id": image.id, "names": names, "source": image.source}, lines)
+
+
+def _warn_of_archive(store: Store, image: Image, path: str) -> None:
+    """Of what was taken for a root file system, say that it looks like an archive of images."""
+    kind = image.source.partition(":")[0]
+    if kind not in ("dir", "tar"):
+        return
+    with store.lease(image.id) as lease:
+        mark = find_archive_mark(lease.layers[-1])
+    if mark is not None:
+        kinds = "oci:PATH" if kind == "dir" else "docker-archive:PATH, oci-archive:PATH"
+        taken = f"{show_path(path)}: taken as a root file system, though it has {mark} at its top"
+        print(f"agentrun: {taken}; if there are images in it, say so ({kinds})", file=sys.stderr)
 
 
 def _recipes(as_json: bool) -> int:
@@ -172,7 +188,7 @@ def _described(image: Image, layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _verify(store: Store, name: str | None, as_json: bool) -> int:
-    with _progress() as report:
+    with progress() as report:
         faults = store.verify(name, report)
     lines = [f"{fault.what}: {fault.path + ': ' if fault.path else ''}{fault.problem}" for fault in faults]
     _print(as_json, msgspec.to_builtins(faults), lines or ["the store is as it should be" if name is None else f"{name}: ok"])
@@ -190,29 +206,3 @@ def _size(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Report]:
-    """A bar on stderr for each thing that is worked on, if somebody looks; for nobody else is anything drawn."""
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    tasks: dict[str, TaskID] = {}
-    last: dict[str, float] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def report(what: str, done: int, total: int | None) -> None:
-            now = time.monotonic()
-            if what not in tasks:
-                tasks[what] = bars.add_task(show_path(what)[-48:], total=total)
-            elif now - last[what] < 0.05 and done != total:  # told at every block; nobody sees more than this
-                return
-            last[what] = now
-            bars.update(tasks[what], completed=done, total=total, visible=total != 0)
-
-        yield report

@@ -11,8 +11,8 @@
     containers-storage:REF         what podman has; by skopeo
     recipe:NAME, recipe:PATH       built here (``build``)
 
-A path alone is whichever of the first five it is. skopeo makes an OCI layout in the store's scratch space, and then it is one of
-these.
+A path alone is whichever of the first five it is; what it was taken for is said (``Source.what``). skopeo makes an OCI layout in
+the store's scratch space, and then it is one of these.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Source(msgspec.Struct, frozen=True):
     """An image that can be imported."""
 
     what: str
-    """What the user called it."""
+    """What the user called it; where he did not say what it is, with that in front."""
     layers: tuple[LayerSource, ...]
     """Lowest first."""
     document: bytes | None
@@ -72,27 +72,34 @@ def open_source(reference: str, work: Work, limits: Limits, report: Report, *, i
         built = build_recipe(recipe, work, report)
         return Source(reference, (built.layer,), built.document, (recipe.name,))
     path, tag = _split_tag(rest) if kind in ("oci", "oci-archive", "docker-archive") else (rest, None)
+    guessed = not kind
     kind = kind or _recognise(path, limits, report)
     wanted = "directory" if kind in ("dir", "oci") else "file"
     if stat.S_ISDIR(_stat(path).st_mode) != (wanted == "directory"):
         raise UsageError(f"image source {show_path(path)}: is not a {wanted}, which is what {kind}: takes")
-    name = _name_of(path)
+    name, what = _name_of(path), f"{kind}:{path}" if guessed else reference
     match kind:
         case "dir":
-            return Source(reference, (Folder(os.path.realpath(path)),), None, (name,))
+            return Source(what, (Folder(os.path.realpath(path)),), None, (name,))
         case "tar":
-            return Source(reference, (Packed(Blob(path, path)),), None, (name,))
+            return Source(what, (Packed(Blob(path, path)),), None, (name,))
         case "oci":
             found = read_layout(_files_of(path), path, tag)
         case _:
             members = Members(unpack(path, work.path, limits, report), limits)
             is_layout = kind == "oci-archive" or (kind == "archive" and members.blob("oci-layout") is not None)
             found = (read_layout if is_layout else read_saved)(members.blob, path, tag)
-    return _source(reference, found, found.names or (f"{name}:{tag}" if tag and ":" not in tag else name,))
+            what = f"{'oci' if is_layout else 'docker'}-archive:{path}" if guessed else reference
+    return _source(what, found, found.names or (f"{name}:{tag}" if tag and ":" not in tag else name,))
 
 
-def _source(reference: str, found: Found, names: tuple[str, ...]) -> Source:
-    return Source(reference, found.layers, found.document, names)
+def find_archive_mark(tree: Path) -> str | None:
+    """A file at the top of a root file system that archives of images have there, and hardly anything else."""
+    return next((name for name in ("oci-layout", "manifest.json") if os.path.lexists(tree / name)), None)
+
+
+def _source(what: str, found: Found, names: tuple[str, ...]) -> Source:
+    return Source(what, found.layers, found.document, names)
 
 
 def _recognise(path: str, limits: Limits, report: Report) -> str:
