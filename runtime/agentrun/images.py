@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 
 from agentrun import rootfs
@@ -103,7 +105,7 @@ def _apply(policy: Policy, known: _Known) -> Policy:
     process, config, user = policy.process, known.config, known.user
     owners, name = (0, 0), rootfs.USER
     if (process.uid, process.gid, process.groups) == (rootfs.UID, rootfs.GID, ()):
-        owners = rootfs.UID if user.uid == 0 else 0, rootfs.GID if 0 in (user.gid, *user.groups) else 0
+        owners = rootfs.UID if user.uid == 0 else 0, _roots_group(user)
         uid, gid, *groups = swap(user.uid, owners[0]), *(swap(group, owners[1]) for group in (user.gid, *user.groups))
         process = msgspec.structs.replace(process, uid=uid, gid=gid, groups=tuple(groups))
         name = user.name if user.name and user.uid else name
@@ -113,3 +115,9 @@ def _apply(policy: Policy, known: _Known) -> Policy:
     process = msgspec.structs.replace(process, env_set=tuple(sorted(env.items())))
     fs = msgspec.structs.replace(policy.fs, image=known.id, workdir=config.workdir, entrypoint=config.entrypoint, owners=owners)
     return msgspec.structs.replace(policy, process=process, fs=fs)
+
+
+def _roots_group(user: User) -> int:
+    """The number that root's group has for a tool that is in it: none of its other groups'. 0: it is not in it."""
+    groups = {user.gid, *user.groups}
+    return next(gid for gid in itertools.count(rootfs.GID) if gid not in groups) if 0 in groups else 0

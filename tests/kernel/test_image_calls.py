@@ -98,6 +98,41 @@ def test_the_images_root_is_the_tool_and_no_tool_is_root(executor):
     ]
 
 
+@pytest.mark.parametrize("user", ["1000", "app", "1000:1000", "app:app"])
+def test_an_image_whose_user_has_the_tools_number(executor, store, tmp_path, user):
+    """Nothing changes places: what is that user's is the tool's, and what is root's is root's."""
+    import_with_own_user(store, tmp_path, user, group="root:x:0:\napp:x:1000:\n")
+    done = executor.sh("id; echo $USER; stat -c %u:%g /etc/secret ~app/own; cat ~app/own /etc/secret", image="own")
+    assert done.stdout.decode().split("\n")[:-1] == [
+        "uid=1000(app) gid=1000(app) groups=1000(app)", "app", "0:0", "1000:1000", "app's",
+    ]  # fmt: skip
+    assert b"Permission denied" in done.stderr
+    policy = Policy(fs=Filesystem(image="own", root="scratch"))
+    done = executor.sh("echo more >> ~app/own; cat ~app/own; touch ~app/new; ls ~app; touch /etc/new", policy=policy)
+    assert (done.stdout, done.exit_code) == (b"app's\nmore\nnew\nown\n", 1)
+
+
+@pytest.mark.parametrize(("user", "ids"), [("app", "1000 1000 1000 1001"), ("1000:0", "1000 1000 1000"), ("0", "1000 1000 1000")])
+def test_no_group_of_a_tool_is_root(executor, store, tmp_path, user, ids):
+    """Where the image says so it has another number inside, and what is that group's is the tool's all the same."""
+    import_with_own_user(store, tmp_path, user, group="root:x:0:app\napp:x:1000:\n")
+    (tmp_path / "root/etc/secret").chmod(0o640)
+    store.import_image(f"docker-archive:{archive(tmp_path, 'own', {'User': user}, tmp_path / 'root')}", "own")
+    assert executor.text("echo $(id -u; id -g; id -G); cat /etc/secret", image="own") == f"{ids}\nroot's"
+
+
+def import_with_own_user(store, directory: Path, user: str, group: str) -> None:
+    """An image ``own``, with a user app who is 1000 and has a home with a file, and a file of root's; both are nobody else's."""
+    root = directory / "root"
+    accounts = "root:x:0:0::/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n"
+    write_root(root, etc__passwd=accounts, etc__group=group, etc__secret="root's\n", home__app__own="app's\n")
+    for name in ("home/app/own", "etc/secret"):
+        (root / name).chmod(0o600)
+    for name in ("home/app", "home/app/own"):
+        os.chown(root / name, 1000, 1000)
+    store.import_image(f"docker-archive:{archive(directory, 'own', {'User': user}, root)}", "own")
+
+
 def test_another_user_does_not_read_what_is_roots(executor):
     policy = Policy(fs=Filesystem(image="plain"), process=Process(uid=1234, gid=1234))
     done = executor.sh("id -u; stat -c %u /etc/secret; cat /etc/secret", policy=policy)
