@@ -136,7 +136,7 @@ class Executor:
             try:
                 return await self.perform(request, stdio, begun=begun)
             finally:
-                self._fleet.later(stdio.close)
+                self._fleet.chores.later(stdio.close)
         finally:
             if directory >= 0:
                 os.close(directory)
@@ -203,7 +203,7 @@ class Executor:
             command = tuple(encode(word, "entrypoint") for word in rules.fs.entrypoint) + command
         asked = None
         if hint:
-            rules, asked = apply_hint(rules, hint, self._fleet.budget(tenant).memory_max)
+            rules, asked = apply_hint(rules, hint, self._fleet.tenants.budget(tenant).memory_max)
         if timeout is None:
             timeout = rules.timeout
         elif not isinstance(timeout, (int, float)) or not timeout > 0:
@@ -373,7 +373,7 @@ class Executor:
 
     def owns(self, uid: int) -> bool:
         """Whether a host uid is a tool's of ours: then it is no caller."""
-        return self._fleet.owns(uid)
+        return self._fleet.tenants.owns(uid)
 
     def usage(self, name: str, call: Call) -> dict[str, Any] | None:
         """What a call uses now, for ``agentrun top``: bytes, seconds, and percent of the last ten seconds that it was stalled."""
@@ -457,7 +457,7 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                     nursery.start_soon(memory.run, name="agentrun memory")
                     nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
                     nursery.start_soon(fleet.denials.run, name="agentrun denials")
-                    nursery.start_soon(fleet.do_chores, name="agentrun chores")
+                    nursery.start_soon(fleet.chores.run, name="agentrun chores")
                     nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
                     try:
                         yield executor

@@ -100,7 +100,7 @@ class TermsBook:
         if self._fleet.governor.mode is Mode.BPF:
             missing = tuple(item for item in missing if item.limit not in COUNTED)
         check_enforced(tuple(m for m in missing if not (hinted and m.limit.startswith("memory."))), policy, DEFAULT)
-        check_budget(policy, DEFAULT, self._fleet.budget(tenant).memory_max, tenant)
+        check_budget(policy, DEFAULT, self._fleet.tenants.budget(tenant).memory_max, tenant)
         if policy.net == "egress":
             parse_rules(policy.egress.allow, policy.egress.hosts, f"policy {policy.name}: net.allow")
         env = _environment(policy)
@@ -111,7 +111,7 @@ class TermsBook:
             files=None if limits == DEFAULT.limits else files,
             unenforced=missing,
             nproc=0 if limits.pids_max == DEFAULT.limits.pids_max else limits.pids_max or 0,
-            owner=self._fleet.owner(tenant, policy),
+            owner=self._fleet.tenants.owner(tenant, policy),
             env=env,
             entries=tuple(key + b"=" + value for key, value in env.items()),
             forbidden=tuple(os.fsencode(name) for name in policy.process.env_forbid),

@@ -76,7 +76,7 @@ def test_what_nobody_uses_goes(retired_soon):
             shown = policy(number, fs=binds) if number % 2 else policy(number)
             result = await executor.run(["stat", "-c", "%u", "."], tenant=tenant, policy=shown, workspace=str(place))
             assert result.stdout == b"1000\n", result
-            ids[tenant] = executor._fleet.id_base(tenant)
+            ids[tenant] = executor._fleet.tenants.id_base(tenant)
         assert len(pools(executor)) == 7
         await until(lambda: pools(executor) == {"default/none"})
         await trio.to_thread.run_sync(before.check)
@@ -84,7 +84,7 @@ def test_what_nobody_uses_goes(retired_soon):
         for number in (5, 0):
             result = await executor.run(["true"], tenant=f"t{number}", policy=policy(number), workspace=str(place))
             assert result.ok
-        assert {tenant: executor._fleet.id_base(tenant) for tenant in ids} == ids
+        assert {tenant: executor._fleet.tenants.id_base(tenant) for tenant in ids} == ids
         assert len({*ids.values()}) == len(ids)
 
     with workspace_directory() as place:

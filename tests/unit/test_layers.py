@@ -38,6 +38,8 @@ BOTTOM = {
     "agentrun.tomltext": set(),
     "agentrun.policytables": {"agentrun.policy"},
     "agentrun.executorconfig": {"agentrun.policy"},
+    "agentrun.chores": set(),
+    "agentrun.tenants": {"agentrun.errors", "agentrun.executorconfig", "agentrun.policy", "agentrun.shape"},
     "agentrun.egress.rules": {"agentrun.errors", "agentrun.egress.addresses"},
     "agentrun.egress.addresses": set(),
     "agentrun.policychecks": {
