@@ -2,7 +2,6 @@
 """Copy-on-write workspaces in real calls: the original stays as it is, and what is kept is exactly what the tool did."""
 
 import contextlib
-import fcntl
 import functools
 import inspect
 import io
@@ -10,7 +9,6 @@ import json
 import os
 import socket
 import stat
-import struct
 import subprocess
 import tempfile
 import traceback
@@ -174,38 +172,6 @@ def test_a_call_that_was_killed_keeps_its_changes_and_a_cancelled_one_does_not(e
 
     executor.call(cancelled)
     assert os.listdir(store.root) == ["lock"]
-
-
-@pytest.mark.parametrize("number", [3, 300])
-def test_what_is_kept_is_on_the_disk_when_the_call_has_ended(executor, workspace, store, number):
-    with tempfile.NamedTemporaryFile(dir=store.root) as file:
-        file.write(bytes(9000))
-        file.flush()
-        told = is_only_in_memory(Path(file.name))
-    if not told:
-        pytest.skip("this file system does not say what is not on the disk yet")
-    script = f"mkdir d; for n in $(seq {number}); do head -c 9000 /dev/zero > d/f$n; done"
-    result = executor.sh(script, workspace=copy(workspace))
-    assert result.changes.added == number + 1
-    for path in (store.root / result.changes.id / "upper/d").iterdir():
-        assert not is_only_in_memory(path), path
-
-
-DELALLOC = 4
-"""FIEMAP_EXTENT_DELALLOC (linux/fiemap.h)."""
-
-
-def is_only_in_memory(path: Path) -> bool:
-    """Whether the kernel has not even decided yet where on the disk something of a file is to be."""
-    with path.open("rb") as file:
-        request = bytearray(struct.pack("=QQIIII", 0, 2**64 - 1, 0, 0, 16, 0) + bytes(16 * 56))
-        try:
-            fcntl.ioctl(file, 0xC020660B, request)  # FS_IOC_FIEMAP
-        except OSError:
-            return False
-    mapped = struct.unpack_from("=I", request, 20)[0]
-    flags = [struct.unpack_from("=I", request, 32 + 56 * number + 40)[0] for number in range(mapped)]
-    return any(flag & DELALLOC for flag in flags)
 
 
 def test_a_store_on_a_file_system_of_its_own_bounds_it(executor, workspace, monkeypatch):

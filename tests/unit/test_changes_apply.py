@@ -2,17 +2,21 @@
 """Applying: what it refuses, what it leaves alone, and that it may be killed anywhere."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from agentrun import UsageError, cli
 from agentrun.changes import apply as applying
+from agentrun.changes.draft import Draft
 from agentrun.changes.store import Store
 from tests.changes_lab import directory, do, essence, keep, snapshot
 
@@ -82,6 +86,41 @@ def test_a_bar_for_those_who_look(place):
         os.close(ours)
         assert (child.returncode, out[: 8 + len(name)]) == (0, f"applied {name}".encode())
         assert b"applying" in drawn if terminal else said == b""
+
+
+@pytest.mark.parametrize("number", [3, 300])
+def test_what_is_kept_is_on_the_disk_when_it_is_sealed(place, number):
+    """Here without an overlay, which syncs its upper layer's file system itself, if only when it is unmounted."""
+    workspace = os.open(place / "base", os.O_PATH | os.O_DIRECTORY)
+    draft = Draft(Store(), workspace, str(place / "base"))
+    draft.start()
+    upper = place / "store" / draft.id / "upper"
+    (upper / "new").mkdir()
+    for n in range(number):
+        (upper / f"new/{n}").write_bytes(bytes(9000))
+    if not is_only_in_memory(upper / "new/0"):
+        pytest.skip("this file system does not say what is not on the disk yet")
+    assert draft.seal("call", [], (0, 0)).added == number + 1
+    assert not [path for path in (upper / "new").iterdir() if is_only_in_memory(path)]
+    draft.close()
+    os.close(workspace)
+
+
+DELALLOC = 4
+"""FIEMAP_EXTENT_DELALLOC (linux/fiemap.h)."""
+
+
+def is_only_in_memory(path: Path) -> bool:
+    """Whether the kernel has not even decided yet where on the disk something of a file is to be."""
+    with path.open("rb") as file:
+        request = bytearray(struct.pack("=QQIIII", 0, 2**64 - 1, 0, 0, 16, 0) + bytes(16 * 56))
+        try:
+            fcntl.ioctl(file, 0xC020660B, request)  # FS_IOC_FIEMAP
+        except OSError:
+            return False
+    mapped = struct.unpack_from("=I", request, 20)[0]
+    flags = [struct.unpack_from("=I", request, 32 + 56 * number + 40)[0] for number in range(mapped)]
+    return any(flag & DELALLOC for flag in flags)
 
 
 @pytest.mark.parametrize(
