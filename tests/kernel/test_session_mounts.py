@@ -12,9 +12,10 @@ import trio
 from agentrun import HostError, Policy, UsageError
 from agentrun.image.store import Store
 from agentrun.policy import Filesystem
+from agentrun.session.holds import Busy
 from agentrun.session.review import carry_over, look
-from agentrun.session.store import Busy, Sessions
-from tests.image.roots import write_root
+from agentrun.session.store import Sessions
+from tests.image.roots import archive, write_root
 from tests.support import Blocking, eventually, own_config
 
 pytestmark = pytest.mark.host
@@ -167,6 +168,21 @@ def test_a_layer_that_is_lost_is_told(executor, here):
     store.layer(snapped.layers[0]).rename(here / "lost")
     with pytest.raises(HostError, match=f"session {made.id}: .*No such file"):
         executor.sh("true", session=made.id)
+    store.remove(made.id)
+
+
+def test_an_images_user_with_the_tools_number(executor, here, tmp_path):
+    """What is his he can write to, and what is root's he cannot."""
+    write_root(tmp_path / "root", etc__passwd="app:x:1000:1000::/home/app:/bin/sh\n", home__app__own="app's\n")
+    for name in ("home/app", "home/app/own"):
+        os.chown(tmp_path / "root" / name, 1000, 1000)
+    Store().import_image(f"docker-archive:{archive(tmp_path, 'own', {'User': 'app'}, tmp_path / 'root')}", "own")
+    store = Sessions()
+    made = store.create(image="own")
+    assert executor.sh("echo more >> /home/app/own; touch /home/app/new; touch /etc/new", session=made.id).exit_code == 1
+    assert executor.text("cat /home/app/own; stat -c %u:%g /home/app/* /etc", session=made.id).split() == [
+        "app's", "more", "1000:1000", "1000:1000", "0:0",
+    ]  # fmt: skip
     store.remove(made.id)
 
 

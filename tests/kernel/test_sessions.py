@@ -301,33 +301,38 @@ def test_on_the_command_line(home, workspace):
 STORM = """
 import random, sys
 from agentrun import UsageError
+from agentrun.session.review import carry_over, look
 from agentrun.session.store import Sessions
 rng, store = random.Random(int(sys.argv[1])), Sessions()
 while True:
     known = store.all()
     try:
-        match rng.randrange(6):
-            case 0: store.create(image="plain")
+        match rng.randrange(8):
+            case 0: store.create(image="plain", workspace=sys.argv[2])
             case 1: store.snapshot(rng.choice(known).id)
             case 2: store.fork(rng.choice(known).id)
             case 3: store.rollback(rng.choice(known).id)
             case 4: store.prune()
             case 5 if len(known) > 4: store.remove(rng.choice(known).id)
+            case 6: look(store, rng.choice(known).id)
+            case 7: carry_over(store, rng.choice(known).id)
         for path in (store.root / "layers").glob("*/root/upper"):
             if rng.random() < 0.2: (path / f"f{rng.randrange(100)}").touch()
     except (UsageError, IndexError, FileNotFoundError): pass
 """
 
 
-def test_killed_at_any_moment(executor, store):
-    """kill -9 of whoever changes sessions: every session is whole afterwards, and nothing is left of what is none."""
+def test_killed_at_any_moment(executor, store, workspace):
+    """kill -9 of two who change sessions, the same ones: all are whole afterwards, and nothing is left of what is none."""
     rng = random.Random(7)
-    for number in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", STORM, str(number)], stderr=subprocess.PIPE)
-        time.sleep(0.25 + rng.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        _, stderr = process.communicate()
-        assert process.returncode == -signal.SIGKILL, stderr
+    for number in range(0, KILLS, 2):
+        words = [[sys.executable, "-c", STORM, str(number + other), str(workspace)] for other in range(2)]
+        processes = [subprocess.Popen(each, stderr=subprocess.PIPE) for each in words]
+        time.sleep(0.35 + rng.random() * 0.3)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            _, stderr = process.communicate()
+            assert process.returncode == -signal.SIGKILL, stderr
         for session in store.all():
             for layer in (*session.layers, session.upper, *(name for below in session.snapshots.values() for name in below)):
                 assert (store.layer(layer) / "root/work").is_dir(), (session, layer)
@@ -336,7 +341,7 @@ def test_killed_at_any_moment(executor, store):
     for session in store.all():
         store.remove(session.id)
     store.prune()
-    assert os.listdir(store.root / "layers") == os.listdir(store.root / "tmp") == []
+    assert os.listdir(store.root / "layers") == os.listdir(store.root / "tmp") == os.listdir(store.root / "sessions") == []
     assert not [name for _, names, _ in Store().images() for name in names if name.startswith("agentrun-session/")]
 
 

@@ -12,6 +12,7 @@ import msgspec
 from agentrun.changes.model import to_json
 from agentrun.changes.patch import describe
 from agentrun.cli.changes import print_report
+from agentrun.cli.progress import progress
 from agentrun.policy import HOST
 from agentrun.session.model import Session
 from agentrun.session.review import carry_over, look
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(to_json(changes), indent=2) if args.json else "\n".join(describe(changes)))
             return 0
         case "apply":
-            return print_report(*carry_over(store, args.id, force=args.force), as_json=args.json)
+            with progress(counts_bytes=False) as step:
+                done = carry_over(store, args.id, force=args.force, step=step)
+            return print_report(*done, as_json=args.json)
         case "rollback":
             _print(args, store.rollback(args.id, args.snapshot))
         case "rm":

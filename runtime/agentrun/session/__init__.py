@@ -5,7 +5,11 @@ puts an empty one on top, so what is below does not change any more; a fork is a
 an empty layer on those of a snapshot. Nothing is ever copied, so each takes as long as making a few directories::
 
     model     what a session is made of
-    store     what is on disk: sessions and layers; who uses them, what nobody needs any more
+    shelf     the files of a store, and its lock
+    holds     who uses a session: a lock for each
+    layers    where calls write, and wrote
+    directory, images    what is below: the workspace's directory, the image
+    store     what is done with sessions
     review    what its workspace has that its directory has not
     mount     a session's layers → the root of a sandbox, and its workspace
 """

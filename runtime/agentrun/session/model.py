@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from agentrun.errors import UsageError
 from agentrun.tomltext import show
+
+MOST_LAYERS: Final = 400
+"""Layers of a session; overlay takes 500 (OVL_MAX_STACK), and an image has some."""
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

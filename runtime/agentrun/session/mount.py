@@ -16,15 +16,17 @@ from agentrun.errors import HostError, UsageError
 from agentrun.imageview import clone_layers
 from agentrun.overlay import mount_overlay
 from agentrun.rootfs import RootFs, move
+from agentrun.session.directory import open_workspace
+from agentrun.session.holds import Busy
 from agentrun.session.model import Session
-from agentrun.session.store import Busy, Sessions, open_workspace
+from agentrun.session.store import Sessions
 from agentrun.workspace import owner_maps, with_mounter
 from agentrun.zygote import Zygote
 from agentrun_shim import syscalls as sc
 
 ROOT, WORKSPACE = "root", "workspace"
 _PATIENCE = 1.0
-"""Seconds to wait for calls of other pools."""
+"""Seconds to wait for who uses it otherwise."""
 _ASIDE = "/run/agentrun/workspace"
 
 
@@ -83,14 +85,14 @@ class SessionRoots:
         """Keep a session as it is until what is returned is called; and whether what the pool has mounted is outdated.
 
         Raises:
-            UsageError: it is not as the key says any more, or calls of other pools run in it, and do not end.
+            UsageError: it is not as the key says any more; or calls of other pools run in it, or somebody has it alone, for long.
         """
         deadline = trio.current_time() + _PATIENCE
         while True:
             known = self._mounts.get(pool, "")
             try:
                 fd, mounted = self.store.hold(key, known)
-            except Busy:  # perhaps only until a call that has returned is taken down
+            except Busy:  # perhaps only for the moment of a snapshot, or until a call that has returned is taken down
                 if trio.current_time() > deadline:
                     raise
                 await trio.sleep(0.005)

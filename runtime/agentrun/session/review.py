@@ -1,4 +1,7 @@
-"""What a session's workspace has that its directory has not: to be looked at, and applied."""
+"""What a session's workspace has that its directory has not: to be looked at, and applied.
+
+That takes as long as there is much of it, so nothing is held but the session itself. Layers that others share do not change.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from agentrun.changes.apply import Report, apply
+from agentrun.changes.apply import Report, Step, apply, no_step
 from agentrun.changes.model import ChangeSet
 from agentrun.changes.mount import clone_quietly
 from agentrun.changes.scan import scan, size_on_disk
 from agentrun.errors import HostError, UsageError
+from agentrun.session.directory import open_workspace
 from agentrun.session.model import Session
-from agentrun.session.store import Sessions, open_workspace
+from agentrun.session.store import Sessions
 from agentrun.tomltext import show_path
 
 
@@ -28,11 +32,12 @@ def look(store: Sessions, session_id: str) -> ChangeSet:
         return changes
 
 
-def carry_over(store: Sessions, session_id: str, *, force: bool = False) -> tuple[ChangeSet, Report]:
+def carry_over(store: Sessions, session_id: str, *, force: bool = False, step: Step = no_step) -> tuple[ChangeSet, Report]:
     """Make the directory what the workspace is. The session stays as it is; killed, it can be done again.
 
     Args:
         force: overwrite files that somebody else has changed since the session was made, or last applied.
+        step: told how far it is: see ``apply``.
 
     Raises:
         UsageError: as ``look``; or the caller has not the right to.
@@ -40,7 +45,7 @@ def carry_over(store: Sessions, session_id: str, *, force: bool = False) -> tupl
     """
     with store.alone(session_id) as session, _opened(store, session) as (changes, layers, workspace):
         try:
-            report = apply(changes.changes, layers, workspace, name=changes.id, force=force)
+            report = apply(changes.changes, layers, workspace, name=changes.id, force=force, step=step)
         except OSError as error:
             where = f" ({show_path(error.filename)})" if error.filename else ""
             raise HostError(f"session {session_id}: {error.strerror}{where}; apply it again to finish") from error
