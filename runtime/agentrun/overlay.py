@@ -10,9 +10,12 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 from agentrun_shim import syscalls as sc
 
+MOST_LOWERS: Final = 500
+"""Of one overlay: OVL_MAX_STACK."""
 _OPTIONS = {"redirect_dir": "off", "metacopy": "off", "index": "off", "xino": "off"}
 _attached_only = False
 """This kernel wants layers one by one, or attached to the mount namespace of whoever makes the overlay: before Linux 6.15
@@ -31,9 +34,11 @@ def mount_overlay(lowers: Sequence[int], *, upper: int = -1, flags: int = sc.MOU
     whole (metacopy=off): so what is in ``upper`` can be read without knowing more than whiteouts and opaque directories.
 
     Raises:
-        OSError: a mount call failed; with what overlay says about it, where it says something.
+        OSError: a mount call failed; with what overlay says about it, where it says something. E2BIG: too many layers.
     """
     global _attached_only
+    if len(lowers) > MOST_LOWERS:
+        raise OSError(errno.E2BIG, f"{len(lowers)} layers, and the kernel takes {MOST_LOWERS}", "overlay")
     if not _attached_only:
         try:
             return _mount_detached(lowers, upper, flags)

@@ -171,6 +171,39 @@ def test_a_layer_that_is_lost_is_told(executor, here):
     store.remove(made.id)
 
 
+def test_more_layers_than_the_kernel_takes(executor, here, tmp_path, monkeypatch):
+    """A session above a deep image can have fewer; it is told before there are too many, and its calls go on."""
+    depth, most = 120, 379
+    write_root(tmp_path / "0")
+    for number in range(1, depth):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / f"{number}/i{number}").touch()
+    deep = archive(tmp_path, "deep", {}, *(tmp_path / str(number) for number in range(depth)))
+    Store().import_image(f"docker-archive:{deep}", "deep")
+    store = Sessions()
+    made = store.create(image="deep")
+
+    def write(name: str) -> None:
+        (store.layer(store.get(made.id).upper) / "root/upper" / name).touch()
+
+    for number in range(most):
+        write(f"n{number}")
+        store.snapshot(made.id)
+    assert executor.text("ls -d /i* /n* | wc -l", session=made.id) == str(depth - 1 + most)
+    write("last")
+    for change in (store.snapshot, store.fork):
+        with pytest.raises(UsageError, match=f"session {made.id} has {most} layers above the {depth} of its image, and {most}"):
+            change(made.id)
+    assert executor.text("ls /last", session=made.id) == "/last"
+    monkeypatch.setattr("agentrun.session.store.most_layers", lambda _: 400)
+    store.snapshot(made.id)
+    with pytest.raises(HostError, match=f"^session {made.id}: .*501 layers, and the kernel takes 500"):
+        executor.sh("true", session=made.id)
+    store.rollback(made.id, "s1")
+    assert executor.text("ls -d /n*", session=made.id) == "/n0"
+    store.remove(made.id)
+
+
 def test_an_images_user_with_the_tools_number(executor, here, tmp_path):
     """What is his he can write to, and what is root's he cannot."""
     write_root(tmp_path / "root", etc__passwd="app:x:1000:1000::/home/app:/bin/sh\n", home__app__own="app's\n")

@@ -16,6 +16,7 @@ class KeptImages:
 
     def __init__(self, images: Store | None = None) -> None:
         self._opened = images
+        self._depths: dict[str, int] = {}
 
     @property
     def _store(self) -> Store:
@@ -30,6 +31,15 @@ class KeptImages:
             UsageError: there is no such image.
         """
         return image if image == HOST else self._store.tag(image, _tag(session_id))
+
+    def depth(self, image_id: str) -> int:
+        """How many layers an image has."""
+        if image_id == HOST:
+            return 0
+        if image_id not in self._depths:
+            image = self._store.find(image_id)
+            self._depths[image_id] = len(image.layers) - image.hidden
+        return self._depths[image_id]
 
     def let_go(self, image: str, session_id: str) -> None:
         """A session is gone. Whoever is killed before leaves a name, which is taken back, and no session without its image."""

@@ -7,10 +7,11 @@ from typing import Final
 import msgspec
 
 from agentrun.errors import UsageError
+from agentrun.overlay import MOST_LOWERS
 from agentrun.tomltext import show
 
 MOST_LAYERS: Final = 400
-"""Layers of a session; overlay takes 500 (OVL_MAX_STACK), and an image has some."""
+"""Layers of a session, above an image that has few enough."""
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +43,11 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """What its sandboxes are told apart by: another one after each snapshot and rollback."""
         return f"{self.id}.{self.upper}"
+
+
+def most_layers(depth: int) -> int:
+    """How many layers a session can have above an image of so many: overlay takes so many, and one is our own (imageroot)."""
+    return max(0, min(MOST_LAYERS, MOST_LOWERS - 1 - depth))
 
 
 def layers_of(session: Session, snapshot: str) -> tuple[str, ...]:

@@ -124,6 +124,8 @@ class SessionRoots:
         upper = open_upper(self.store, session, ROOT, userns)
         try:
             yield upper, frozen(self.store, session, ROOT)
+        except HostError as error:  # whoever mounts it knows the image, and not for whom
+            raise HostError(f"session {session.id}: {error}") from error
         finally:
             os.close(upper)
 

@@ -29,7 +29,7 @@ from agentrun.session import holds
 from agentrun.session.directory import find_workspace
 from agentrun.session.images import KeptImages
 from agentrun.session.layers import Layers, remove_all
-from agentrun.session.model import MOST_LAYERS, Session, layers_of, next_name
+from agentrun.session.model import Session, layers_of, most_layers, next_name
 from agentrun.session.shelf import Shelf, default_root
 from agentrun.tomltext import show
 
@@ -225,7 +225,9 @@ class Sessions:
         """The session with an empty layer on top; as it is, if that is empty already."""
         if self._layers.is_empty(session.upper):
             return session
-        if len(session.layers) >= MOST_LAYERS:
-            raise UsageError(f"session {session.id} has {MOST_LAYERS} layers, which is as many as there may be")
+        depth = self._images.depth(session.image)
+        if len(session.layers) >= (most := most_layers(depth)):
+            there = f"{len(session.layers)} layers" + (f" above the {depth} of its image" if depth else "")
+            raise UsageError(f"session {session.id} has {there}, and {most} is as many as there may be")
         session = replace(session, layers=(*session.layers, session.upper))
         return replace(session, upper=self._layers.make(session))
