@@ -108,7 +108,11 @@ class Map:
 
 
 class Memory:
-    """An array map made with BPF_F_MMAPABLE, as memory: ``view`` is it."""
+    """An array map made with BPF_F_MMAPABLE, as memory: ``view`` is it, ``words`` and ``quads`` are its u32 and u64.
+
+    What the programs may read meanwhile is written through those two: one store each. ``struct.pack_into`` clears all the bytes
+    it is given before it writes any.
+    """
 
     def __init__(self, fd: int, value_size: int, count: int) -> None:
         """Elements lie ``round_up(value_size, 8)`` bytes apart. Takes over the descriptor.
@@ -120,10 +124,12 @@ class Memory:
         self._map = mmap.mmap(fd, (size + PAGE - 1) // PAGE * PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         os.close(fd)
         self.view = memoryview(self._map)
+        self.words, self.quads = self.view.cast("I"), self.view.cast("Q")
 
     def close(self) -> None:
-        """Let go of it; ``view`` must not be used any more."""
-        self.view.release()
+        """Let go of it; the views must not be used any more."""
+        for view in (self.words, self.quads, self.view):
+            view.release()
         self._map.close()
 
 
@@ -135,12 +141,14 @@ class Ring:
         self.fd = fd
         self._mask = size - 1
         # First page: the consumer's position, ours to write. Then the producer's, and the data twice, so that no record wraps.
-        self._consumer = mmap.mmap(fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._map = mmap.mmap(fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # Written in one store: a position that is 0 for a moment is a full buffer, and an event lost.
+        self._consumed = memoryview(self._map).cast("Q")
         self._producer = mmap.mmap(fd, PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=PAGE)
 
     def read(self) -> Iterator[bytes]:
         """The records that are complete, each once."""
-        (position,) = struct.unpack_from("@Q", self._consumer)
+        position = self._consumed[0]
         while position < struct.unpack_from("@Q", self._producer)[0]:
             at = PAGE + (position & self._mask)
             (header,) = struct.unpack_from("@I", self._producer, at)
@@ -149,14 +157,15 @@ class Ring:
             length = header & _LENGTH
             record = None if header & _DISCARD else self._producer[at + 8 : at + 8 + length]
             position += (length + 15) // 8 * 8
-            struct.pack_into("@Q", self._consumer, 0, position)
+            self._consumed[0] = position
             if record is not None:
                 yield record
 
     def close(self) -> None:
         """Let go of it."""
         if self.fd >= 0:
-            self._consumer.close()
+            self._consumed.release()
+            self._map.close()
             self._producer.close()
             os.close(self.fd)
             self.fd = -1

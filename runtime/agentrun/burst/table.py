@@ -12,11 +12,10 @@ from agentrun.burst.layout import constants, layouts
 
 _C = constants()
 _LEAF, _EVENT, _SETTINGS = layouts()["leaf"], layouts()["event"], layouts()["settings"]
-_ORDERS = _LEAF.part("steady", "looked")
-_ARMED = _LEAF.fields["armed"].offset
+_ORDERS = _LEAF.part("steady", "level")
+_ACTIONS = _LEAF.part("on_exhausted", "looked")
 _STATE = _LEAF.part("pages", "kills")
 _ACCOUNT = _LEAF.part("usage", "kills")
-_JUDGED = _LEAF.part("usage", "credit")
 _EVENT_STRUCT = _EVENT.part("ns", "comm")
 ACTS = {"notify": _C["ACT_NOTIFY"], "stop": _C["ACT_STOP"], "throttle": _C["ACT_NOTIFY"], "kill": _C["ACT_KILL"]}
 """What the programs do by themselves when a burst is used up; the rest is the governor's."""
@@ -70,7 +69,11 @@ class Event(NamedTuple):
 
 
 class Table:
-    """The maps of one probes process. Numbers of leaves are handed out in turn, so that one is used again as late as can be."""
+    """The maps of one probes process. Numbers of leaves are handed out in turn, so that one is used again as late as can be.
+
+    The programs read a leaf while we write it, on another processor or between two of our instructions: what an armed one is
+    judged by goes through ``_put``, and in an order in which every state between is a sound one.
+    """
 
     def __init__(self, maps: Mapping[str, int], level: int) -> None:
         """Take over the descriptors in ``maps``. Leaves are at ``level`` of the cgroup tree; the root's children are 1."""
@@ -116,7 +119,7 @@ class Table:
 
     def remove(self, number: int, identity: int) -> None:
         """Forget a leaf."""
-        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _ARMED, 0)
+        self._put(number, "armed", 0)
         self._slots.delete(identity.to_bytes(8, "little"))
         self._used.discard(number)
         if self._others.pop(number, None) is not None:
@@ -126,16 +129,25 @@ class Table:
     def _tell_levels(self) -> None:
         levels = [self._level, *sorted({*self._others.values()} - {self._level})]
         struct.pack_into(f"@{len(levels)}I", self._settings.view, _SETTINGS.fields["level"].offset, *levels)
-        struct.pack_into("@I", self._settings.view, _SETTINGS.fields["levels"].offset, len(levels))
+        self._settings.words[_SETTINGS.fields["levels"].offset // 4] = len(levels)
 
     def _changed(self) -> None:
         self._generation = (self._generation + 1) & 0xFFFFFFFF
-        struct.pack_into("@I", self._settings.view, 0, self._generation)
+        self._settings.words[_SETTINGS.fields["generation"].offset // 4] = self._generation
+
+    def _put(self, number: int, name: str, value: int) -> None:
+        """Write one member of a leaf, in one store."""
+        offset, code = _LEAF.fields[name]
+        at = number * _LEAF.size + offset
+        if code == "I":
+            self._leaves.words[at // 4] = value
+        else:
+            self._leaves.quads[at // 8] = value
 
     def arm(self, number: int, orders: Orders) -> None:
         """Hold a leaf to these from now on, with a full allowance; what it has used so far counts."""
         view, at = self._leaves.view, number * _LEAF.size
-        struct.pack_into("@I", view, at + _ARMED, 0)
+        self._put(number, "armed", 0)
         usage = max(0, _STATE.unpack_from(view, at + _LEAF.fields["pages"].offset)[0]) * 4096
         capacity = int(orders.burst * orders.burst_seconds * 1e6) >> 10
         # Below the steady budget the allowance is full again after burst_seconds.
@@ -144,14 +156,14 @@ class Table:
         _ACCOUNT.pack_into(view, at + _LEAF.fields["usage"].offset, usage, usage, capacity, now, 0, 0, 0, 0, 0, 0)
         steady = NO_LIMIT if orders.steady is None else orders.steady
         ceiling = NO_LIMIT if orders.ceiling is None else orders.ceiling
-        _ORDERS.pack_into(
-            view, at + 8, steady, ceiling, back, capacity, 0, orders.slack, self._others.get(number, self._level), 1,
-            orders.on_exhausted, orders.on_ceiling, 0, 0,
-        )  # fmt: skip
+        level = self._others.get(number, self._level)
+        _ORDERS.pack_into(view, at + _LEAF.fields["steady"].offset, steady, ceiling, back, capacity, 0, orders.slack, level)
+        _ACTIONS.pack_into(view, at + _LEAF.fields["on_exhausted"].offset, orders.on_exhausted, orders.on_ceiling, 0, 0)
+        self._put(number, "armed", 1)
 
     def disarm(self, number: int) -> None:
         """Judge a leaf no more; it is still counted."""
-        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _ARMED, 0)
+        self._put(number, "armed", 0)
 
     def state(self, number: int) -> State:
         """A leaf at this moment."""
@@ -162,23 +174,25 @@ class Table:
 
         ``usage`` is without the ``cache``, bytes; ``credit`` is byte-seconds.
         """
-        view, at, fields = self._leaves.view, number * _LEAF.size, _LEAF.fields
-        peak = max(usage, struct.unpack_from("@Q", view, at + fields["peak"].offset)[0])
-        struct.pack_into("@Q", view, at + fields["discount"].offset, cache)
-        _JUDGED.pack_into(view, at + fields["usage"].offset, usage, peak, int(credit * 1e6) >> 10)
-        struct.pack_into("@Q", view, at + fields["looked_us"].offset, monotonic_ns() // 1000)
-        struct.pack_into("@I", view, at + fields["looked"].offset, 1)
+        at = number * _LEAF.size + _LEAF.fields["peak"].offset
+        self._put(number, "discount", cache)
+        # First of all when it is: what is used is charged for from then on.
+        self._put(number, "looked_us", monotonic_ns() // 1000)
+        self._put(number, "usage", usage)
+        self._put(number, "peak", max(usage, struct.unpack_from("@Q", self._leaves.view, at)[0]))
+        self._put(number, "credit", int(credit * 1e6) >> 10)
+        self._put(number, "looked", 1)
 
     def rearm(self, number: int) -> None:
         """A leaf is below its budget again, whether a charge has shown it or not: the next crossing is a new one."""
-        struct.pack_into("@I", self._leaves.view, number * _LEAF.size + _LEAF.fields["state"].offset, 0)
+        self._put(number, "state", 0)
 
     def release(self, number: int) -> None:
         """Its stopped tasks are let go: the next time they are to be stopped is a new one."""
-        view, at, fields = self._leaves.view, number * _LEAF.size, _LEAF.fields
-        (episode,) = struct.unpack_from("@I", view, at + fields["episode"].offset)
-        struct.pack_into("@I", view, at + fields["episode"].offset, (episode + 1) & 0xFFFFFFFF)
-        struct.pack_into("@QQII", view, at + fields["struck_ns"].offset, 0, 0, 0, 0)  # to stops
+        at = number * _LEAF.size + _LEAF.fields["episode"].offset
+        self._put(number, "episode", (struct.unpack_from("@I", self._leaves.view, at)[0] + 1) & 0xFFFFFFFF)
+        for name in ("struck_ns", "struck_usage", "state", "stops"):
+            self._put(number, name, 0)
 
     def events(self) -> Iterator[Event]:
         """What came true since the last time."""
