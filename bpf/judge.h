@@ -75,6 +75,11 @@ static __always_inline void judge(struct leaf *leaf, u32 slot, u64 usage, bool o
     u64 steady = leaf->steady, before = leaf->usage, state = leaf->state;
     leaf->usage = usage;
     if (usage > leaf->peak) leaf->peak = usage;
+    if (leaf->kills) {
+        /* It dies as a whole, by the daemon's hand; until that moves, the rest must not go on with what the dead gave back. */
+        if (ours && !bpf_send_signal(SIGKILL_)) leaf->kills++;
+        return;
+    }
     if (usage <= steady && usage <= leaf->ceiling && !state) return;
 
     u64 now = bpf_ktime_get_ns(), now_us = now / 1000, looked_us = leaf->looked_us;

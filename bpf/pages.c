@@ -117,7 +117,7 @@ static __always_inline void look_up(struct cpu *cpu, u32 task, struct settings *
         if (slot) {
             struct leaf *leaf = leaves.lookup(slot);
             cpu->slot = *slot;
-            cpu->batch = leaf && leaf->state & (STATE_EXHAUSTED | STATE_CEILING) ? 1 : BATCH;
+            cpu->batch = leaf && (leaf->kills || leaf->state & (STATE_EXHAUSTED | STATE_CEILING)) ? 1 : BATCH;
             break;
         }
     }

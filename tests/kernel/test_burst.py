@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,28 @@ def test_the_whole_leaf_goes(bursts, hog):
     result = bursts.run(["sh", "-c", f"sleep 98765 & {hog} anon 256 | cat; exit 0"], policy=policy())
     assert result.outcome is Outcome.MEMORY_KILLED, result
     assert result.returncode == 137
+
+
+def test_the_dead_leave_nothing_to_the_rest(bursts, hog):
+    """While the daemon sleeps: what one process gives back when it is struck is not for the others to go on with."""
+
+    async def asleep():
+        results = []
+
+        async def one():
+            script = f"sleep 0.3; {hog} anon 256; {hog} anon 40"
+            results.append(await bursts.executor.run(["sh", "-c", script], policy=policy(), timeout=30))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one)
+            await trio.sleep(0.1)
+            time.sleep(1)  # nothing of the executor moves
+        return results[0]
+
+    result = bursts.call(asleep)
+    assert result.outcome is Outcome.MEMORY_KILLED, result
+    assert result.stdout == b"", "the second one has run"
+    assert overshoot(result) <= MIB, result
 
 
 def test_calls_at_the_same_time_have_accounts_of_their_own(bursts, hog):
