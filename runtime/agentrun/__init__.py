@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agentrun.errors import AgentrunError, HostError, LimitError, Overloaded, SandboxError, UsageError
-    from agentrun.executor import Executor, open_executor
+    from agentrun.executor import Executor
     from agentrun.executorconfig import ExecutorConfig
+    from agentrun.opening import open_executor
     from agentrun.policy import Limits, Policy
     from agentrun.running import Running
     from agentrun.stdio import PIPE
@@ -51,8 +52,9 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "errors": ("AgentrunError", "HostError", "LimitError", "Overloaded", "SandboxError", "UsageError"),
-    "executor": ("Executor", "open_executor"),
+    "executor": ("Executor",),
     "executorconfig": ("ExecutorConfig",),
+    "opening": ("open_executor",),
     "policy": ("Limits", "Policy"),
     "running": ("Running",),
     "stdio": ("PIPE",),

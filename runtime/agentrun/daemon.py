@@ -196,7 +196,7 @@ class Daemon:
         _, uid, gid = peer
         if options.session is not None and uid != 0:
             raise UsageError("session: only root may use sessions, which are root's")
-        return self._executor.resolve(
+        return self._executor.resolver.resolve(
             request.argv,
             policy=apply_options(self._policy(options.policy, uid), options),
             tenant=self._tenant(options.tenant, uid),

@@ -1,11 +1,11 @@
-"""The executor: queue, pools, zygotes and leaves behind one ``run``.
+"""The executor: turns, pools, zygotes and leaves behind one ``run``.
 
 One call, one pass::
 
-    run      check and resolve the request; a place among the running calls, or in the bounded queue
-    lease    a warm slot of (tenant, shape); a cold one is built and the result says so
+    run      check and resolve the request (``resolver``); a place among the running calls, or in the bounded queue (``turns``)
+    lease    a warm slot of (tenant, shape) (``fleet``); a cold one is built and the result says so
     leaf     the limits that differ from the shape's
-    call     one message into the slot; wait for its pidfd, its streams, the deadline
+    call     one message into the slot; wait for its pidfd, its streams, the deadline (``call``)
     end      kill what outlived the tool, read the leaf once, answer; the slot is taken down in the background
 
 Everything lives in one nursery: closing the executor ends every call and removes every cgroup.
@@ -15,39 +15,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 import msgspec
-import trio
 
-from agentrun import rootfs
 from agentrun.burst.control import Control
 from agentrun.call import Call, SlotDied
-from agentrun.cgroup.tree import Tree, find_base, remove_stale
+from agentrun.cgroup.tree import Tree
 from agentrun.changes.keeping import Drafts, Keeping
 from agentrun.deadlines import Deadlines
-from agentrun.environment import encode
-from agentrun.errors import HostError, Overloaded, UsageError
+from agentrun.errors import HostError
 from agentrun.executorconfig import ExecutorConfig
 from agentrun.fleet import Fleet
-from agentrun.hints import apply_hint
 from agentrun.latency import Latency, Report
 from agentrun.nursery import open_plain_nursery
-from agentrun.policy import HOST, Policy
+from agentrun.policy import Policy
 from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
-from agentrun.request import Request, Text, check_tenant, encode_argv
+from agentrun.request import Request, Text, check_tenant
+from agentrun.resolver import Resolver
 from agentrun.running import Running
 from agentrun.session.store import Sessions
 from agentrun.stdio import PIPE, Input, Kits, Output, Stdio
 from agentrun.terms import TermsBook
+from agentrun.turns import Turns
 from agentrun.types import Result
-from agentrun.workspace import Workspace, as_path, check_mode, open_directory, real_path
-
-_HOME = rootfs.HOME.encode()
+from agentrun.workspace import Workspace, as_path, open_directory
 
 
 class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,15 +67,13 @@ class Executor:
         self.memory = memory
         self.latency = latency
         self.tree = tree
-        self._fleet, self._images = fleet, fleet.images
-        self._deadlines = Deadlines()
-        self._calls: dict[str, Call] = {}
         self.policies = PolicyStore()
+        self.deadlines = Deadlines()
+        self._fleet, self._denials, self._later = fleet, fleet.denials, fleet.chores.later
         self._terms = TermsBook(tree, fleet)
-        self._queue = trio.lowlevel.ParkingLot()
-        self._running = self._completed = self._refused = 0
-        self._closing = False
-        self._none_runs = trio.Event()
+        self.resolver = Resolver(self.policies, self._terms, fleet)
+        self._turns = Turns(config.max_running, config.max_queued)
+        self._calls: dict[str, Call] = {}
         self._kits = Kits()
         self._drafts = Drafts()
         fleet.on_retired = self._forget
@@ -128,7 +121,7 @@ class Executor:
         begun = monotonic()
         directory, mode = self._open(workspace)
         try:
-            request = self.resolve(
+            request = self.resolver.resolve(
                 argv, policy=policy, tenant=tenant, workspace_fd=directory, workspace_mode=mode, cwd=cwd,
                 env=env, timeout=timeout, hint=hint, image=image, session=session, timings=timings,
             )  # fmt: skip
@@ -136,7 +129,7 @@ class Executor:
             try:
                 return await self.perform(request, stdio, begun=begun)
             finally:
-                self._fleet.chores.later(stdio.close)
+                self._later(stdio.close)
         finally:
             if directory >= 0:
                 os.close(directory)
@@ -152,7 +145,7 @@ class Executor:
         workspace: Workspace | str | None = options.pop("workspace", None)
         directory, mode = self._open(workspace)
         try:
-            request = self.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
+            request = self.resolver.resolve(argv, workspace_fd=directory, workspace_mode=mode, **options)
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
                 async with open_plain_nursery() as nursery:
@@ -169,88 +162,26 @@ class Executor:
             if directory >= 0:
                 os.close(directory)
 
-    def resolve(
-        self,
-        argv: Sequence[Text],
-        *,
-        policy: Policy | str = "default",
-        tenant: str = "default",
-        workspace_fd: int = -1,
-        workspace_mode: str = "rw",
-        cwd: str | None = None,
-        env: Mapping[str, str] | Sequence[bytes] | None = None,
-        timeout: float | None = None,
-        hint: str | None = None,
-        image: str | None = None,
-        session: str | None = None,
-        timings: bool = False,
-        caller: tuple[int, int] | None = None,
-    ) -> Request:
-        """Check a request and fill in its defaults.
-
-        Raises:
-            UsageError: something in it cannot be.
-        """
-        if self._closing:
-            raise HostError("the executor is closing")
-        command = encode_argv(argv)
-        check_tenant(tenant)
-        kept = None if session is None else self._fleet.sessions.store.get(session)
-        if kept is not None and (image is not None or workspace_fd >= 0):
-            raise UsageError(f"session {session}: it has an image and a workspace of its own")
-        rules = self._rules(policy, image) if kept is None else self._rules(policy, kept.image, kept.key)
-        if rules.fs.entrypoint:
-            command = tuple(encode(word, "entrypoint") for word in rules.fs.entrypoint) + command
-        asked = None
-        if hint:
-            rules, asked = apply_hint(rules, hint, self._fleet.tenants.budget(tenant).memory_max)
-        if timeout is None:
-            timeout = rules.timeout
-        elif not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise UsageError(f"timeout: {timeout!r} is not a positive number of seconds")
-        path, mode = "", check_mode("rw", "rw", "")
-        if workspace_fd >= 0:
-            mode = check_mode(workspace_mode, rules.fs.workspace, rules.name)
-            path, caller = real_path(workspace_fd), caller or (os.geteuid(), os.getegid())
-        elif kept is not None and kept.workspace:
-            check_mode("ro", rules.fs.workspace, rules.name)  # the directory itself is never written to
-            path = kept.workspace
-        # Last: it makes the tenant's cgroup and pool, which a request that is none must not.
-        terms = self._terms.find(rules, tenant, hinted=asked is not None)
-        return Request(
-            argv=command,
-            env=terms.environment(env),
-            cwd=os.path.join(os.fsencode(path or rules.fs.workdir) or _HOME, encode(cwd or "", "cwd")).rstrip(b"/") or b"/",
-            terms=terms,
-            timeout=timeout,
-            tenant=tenant,
-            hint=asked,
-            timings=timings,
-            workspace_fd=workspace_fd,
-            workspace_path=path if workspace_fd >= 0 else "",
-            session=rules.fs.session,
-            workspace_mode=mode,
-            caller=caller or (0, 0),
-        )
-
     async def perform(
         self, request: Request, stdio: Stdio, running: Running | None = None, *, begun: float | None = None
     ) -> Result:
         """Carry out a resolved request; ``run`` and the daemon come together here. ``begun`` is when the call was made."""
         started = begun if begun is not None else monotonic()
-        if self._running < self.config.max_running and not self._closing:
-            self._running += 1
+        turns = self._turns
+        if turns.running < turns.most:
+            turns.running += 1
         else:
-            await self._wait_turn()
+            await turns.wait()
         try:
             queued = monotonic()
-            self._fleet.denials.running = self._running
+            self._denials.running = turns.running
             if request.workspace_mode == "cow":
                 async with self._drafts.keep(request) as keeping:
                     return await keeping.seal(await self._in_workspace(request, stdio, running, started, queued, keeping))
             return await self._in_workspace(request, stdio, running, started, queued)
         finally:
-            self._leave_queue()
+            turns.leave()
+            self._denials.running = turns.running
 
     async def _in_workspace(
         self,
@@ -294,7 +225,7 @@ class Executor:
             if not call.warm:
                 self.latency.cold(slot.leaf.id)
             try:
-                if self._closing:
+                if self._turns.closed:
                     raise HostError("the executor is closing")
                 self._calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
                 if terms.files is not None:
@@ -307,7 +238,7 @@ class Executor:
                 if running is not None:
                     running.started(call)
                 try:
-                    result = await call.finish(self._deadlines, self._fleet.denials, self.memory.governor)
+                    result = await call.finish(self.deadlines, self._denials, self.memory.governor)
                     if call.request.timings:
                         result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
                     return result
@@ -320,26 +251,6 @@ class Executor:
                     slot.held.pop()()  # nothing writes to it any more: no need to wait until init is gone as well
                 pool.release(slot)
 
-    async def _wait_turn(self) -> None:
-        if self._closing:
-            raise HostError("the executor is closing")
-        if len(self._queue) >= self.config.max_queued:
-            self._refused += 1
-            raise Overloaded(f"{self._running} calls run and {len(self._queue)} wait; try again later")
-        # Whoever leaves hands its place on: _running stays as it is.
-        await self._queue.park()
-        if self._closing:
-            self._leave_queue()
-            raise HostError("the executor is closing")
-
-    def _leave_queue(self) -> None:
-        self._completed += 1
-        if not self._queue.unpark():
-            self._running -= 1
-            self._fleet.denials.running = self._running
-            if self._running == 0:
-                self._none_runs.set()
-
     async def warm_up(
         self, policy: Policy | str = "default", tenant: str = "default", count: int = 1, *, image: str | None = None
     ) -> None:
@@ -348,19 +259,7 @@ class Executor:
         Raises:
             HostError: they could not be built.
         """
-        await self._fleet.pool(check_tenant(tenant), self._rules(policy, image)).fill(count)
-
-    def _rules(self, policy: Policy | str, image: str | None, session: str = "") -> Policy:
-        found = self.policies.find(policy) if isinstance(policy, str) else policy
-        if not isinstance(found, Policy):
-            raise UsageError(f"policy: {found!r} is neither a name nor a Policy")
-        if image is not None:
-            found = self._images.choose(found, image, session)
-        if found.fs.image != HOST:
-            return self._images.pin(found)
-        if found.fs.root != "ro" and not session:
-            raise UsageError(f"policy {found.name}: fs.root: the host's root is read-only; name an image")
-        return found
+        await self._fleet.pool(check_tenant(tenant), self.resolver.rules(policy, image)).fill(count)
 
     @property
     def sessions(self) -> Sessions:
@@ -390,29 +289,29 @@ class Executor:
     def statistics(self) -> ExecutorStats:
         """The executor at this moment."""
         return ExecutorStats(
-            running=self._running,
-            queued=len(self._queue),
-            completed=self._completed,
-            refused=self._refused,
+            running=self._turns.running,
+            queued=self._turns.waiting,
+            completed=self._turns.completed,
+            refused=self._turns.refused,
             stuck=self._fleet.stuck,
             pools=self._fleet.statistics(),
             latency=self.latency.report(),
         )
 
+    async def aclose(self) -> None:
+        """End every call, and refuse those that come; ``open_executor`` does it."""
+        self.resolver.closed = True
+        self._turns.close()
+        for call in self._calls.values():
+            call.kill()
+        await self._turns.wait_none()
+        await self._fleet.aclose()
+        self._kits.close()
+
     def _forget(self) -> None:
         """Pools are gone, and perhaps tenants."""
         self._terms.forget()
         self._kits.forget()
-
-    async def _close(self) -> None:
-        self._closing = True
-        self._none_runs = trio.Event()
-        for call in self._calls.values():
-            call.kill()
-        if self._running:
-            await self._none_runs.wait()
-        await self._fleet.aclose()
-        self._kits.close()
 
     def _stdio(self, stdin: Input, stdout: Output, stderr: Output, owner: tuple[int, int]) -> Stdio:
         bound = self.config.capture_limit
@@ -423,54 +322,3 @@ class Executor:
             return -1, "rw"
         chosen = workspace if isinstance(workspace, Workspace) else Workspace(as_path(workspace, "workspace"))
         return open_directory(chosen), chosen.mode
-
-
-@contextlib.asynccontextmanager
-async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[Executor]:
-    """An executor for the time of the block: ``async with open_executor() as executor``.
-
-    Must be entered as root, on Linux 5.14 or newer with a cgroup2 mount. Leaving the block ends every call and removes every
-    process, mount and cgroup the executor made; so does the death of this process, but for empty cgroups, which the next
-    executor removes.
-
-    Raises:
-        HostError: the host cannot do it; ``agentrun doctor`` says what is missing.
-    """
-    chosen = config or ExecutorConfig()
-    if os.geteuid() != 0:
-        raise HostError("agentrun needs root to make sandboxes (rootless operation is not supported yet)")
-    base = find_base()
-    remove_stale(base.path)
-    tree = Tree(base, chosen.name or f"{os.getpid()}-{time.monotonic_ns():x}")
-    try:
-        life_read, life_write = os.pipe2(os.O_CLOEXEC)
-        try:
-            latency = Latency(tree.level + 2)
-            memory = Control(
-                tree, latency if chosen.phases else None, probes=chosen.probes, sched=chosen.sched,
-                budget=chosen.memory_budget, priorities=chosen.tenant_priorities,
-            )  # fmt: skip
-            try:
-                async with open_plain_nursery() as nursery:
-                    fleet = Fleet(chosen, tree, nursery, life_read, memory.governor, latency)
-                    executor = Executor(chosen, tree, fleet, memory, latency)
-                    nursery.start_soon(memory.run, name="agentrun memory")
-                    nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
-                    nursery.start_soon(fleet.denials.run, name="agentrun denials")
-                    nursery.start_soon(fleet.chores.run, name="agentrun chores")
-                    nursery.start_soon(executor._deadlines.watch, name="agentrun deadlines")
-                    try:
-                        yield executor
-                    finally:
-                        with trio.CancelScope(shield=True):
-                            await executor._close()
-                        nursery.cancel_scope.cancel()
-            finally:
-                memory.close()
-                latency.detach()
-        finally:
-            os.close(life_write)
-            os.close(life_read)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(tree.close)

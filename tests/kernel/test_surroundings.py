@@ -101,11 +101,11 @@ def test_a_request_that_is_none_makes_nothing():
 def test_what_is_remembered_of_policies_is_bounded():
     async def body(executor):
         for number in range(1, 1200):
-            executor.resolve(["true"], hint=f"memory:{number}m")
+            executor.resolver.resolve(["true"], hint=f"memory:{number}m")
         assert len(executor._terms._equal) <= 1024
         for number in range(1, 1200):
             limits = Limits(memory_max=MIB * (number + 100))
-            executor.resolve(["true"], policy=Policy(name="own", limits=limits, best_effort=True))
+            executor.resolver.resolve(["true"], policy=Policy(name="own", limits=limits, best_effort=True))
         book = executor._terms
         assert len(book._met) <= 1024
         assert len(book._equal) <= 1024

@@ -39,6 +39,7 @@ BOTTOM = {
     "agentrun.policytables": {"agentrun.policy"},
     "agentrun.executorconfig": {"agentrun.policy"},
     "agentrun.chores": set(),
+    "agentrun.turns": {"agentrun.errors"},
     "agentrun.tenants": {"agentrun.errors", "agentrun.executorconfig", "agentrun.policy", "agentrun.shape"},
     "agentrun.egress.rules": {"agentrun.errors", "agentrun.egress.addresses"},
     "agentrun.egress.addresses": set(),

@@ -22,10 +22,11 @@ from agentrun.cgroup.tree import check_name
 from agentrun.config import DaemonConfig, executor_config, load_config
 from agentrun.daemon import Daemon, open_listener
 from agentrun.errors import AgentrunError, UsageError
-from agentrun.executor import Executor, open_executor
+from agentrun.executor import Executor
 from agentrun.executorconfig import ExecutorConfig
 from agentrun.metrics import open_metrics, serve_metrics
 from agentrun.nursery import open_plain_nursery
+from agentrun.opening import open_executor
 from agentrun.protocol import error_frame
 
 NICE = -10
