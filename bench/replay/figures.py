@@ -54,6 +54,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     high_p95_ms: Figure
     high_p99_ms: Figure
     """Up to p95 it is mostly the sharing of one processor; waiting for memory is seen here."""
+    high_unserved: Figure
+    """Per cent of the MB that the HIGH ones had alone and never had here: who is killed early has the easy ones in its p95."""
     high_seconds: Figure
     """Mean of those that completed."""
     high_slowdown: Figure
@@ -102,6 +104,12 @@ def latency(share: float) -> Callable[[Sequence[Pair]], float | None]:
     return statistic
 
 
+def unserved(pairs: Sequence[Pair]) -> float | None:
+    both = [(len(tenant.latencies_us), len(alone.latencies_us)) for tenant, alone in _tenants(pairs, high=True)]
+    wanted = sum(most for _, most in both)
+    return 100 * (1 - sum(min(had, most) for had, most in both) / wanted) if wanted else None
+
+
 def high_seconds(pairs: Sequence[Pair]) -> float | None:
     found = [tenant.seconds for tenant, _ in _tenants(pairs, high=True) if tenant.seconds is not None]
     return fmean(found) if found else None
@@ -127,6 +135,7 @@ def row(arm: str, pairs: Sequence[Pair], seed: int) -> Row:
         high_p50_ms=bootstrap(pairs, latency(0.50), seed),
         high_p95_ms=bootstrap(pairs, latency(0.95), seed),
         high_p99_ms=bootstrap(pairs, latency(0.99), seed),
+        high_unserved=bootstrap(pairs, unserved, seed),
         high_seconds=bootstrap(pairs, high_seconds, seed),
         high_slowdown=bootstrap(pairs, slowdown(high=True), seed),
         low_slowdown=bootstrap(pairs, slowdown(high=False), seed),
@@ -152,7 +161,7 @@ class Against(msgspec.Struct, frozen=True):
     survived: Figure
     """Percentage points that agentrun has more."""
     high_p95: Figure
-    """The arm's p95 latency of the HIGH ones, as a multiple of agentrun's."""
+    """The arm's p95 latency of the HIGH ones, as a multiple of agentrun's: of the MB that both of them had."""
 
 
 def against(runs: Sequence[Run], arms: Sequence[str], seed: int, base: str = "agentrun") -> list[Against]:
@@ -172,8 +181,12 @@ def _survived_more(pairs: Sequence[Pair]) -> float | None:
 
 
 def _p95_ratio(pairs: Sequence[Pair]) -> float | None:
-    theirs, ours = latency(0.95)(pairs), latency(0.95)([Pair(pair.alone, pair.run) for pair in pairs])
-    return theirs / ours if theirs and ours else None
+    theirs, ours = [], []
+    for their, our in _tenants(pairs, high=True):
+        both = min(len(their.latencies_us), len(our.latencies_us))
+        theirs += their.latencies_us[:both]
+        ours += our.latencies_us[:both]
+    return quantile(sorted(theirs), 0.95) / quantile(sorted(ours), 0.95) if theirs else None
 
 
 def print_against(found: Sequence[Against], report: Report) -> None:
@@ -186,11 +199,23 @@ def print_against(found: Sequence[Against], report: Report) -> None:
 
 
 def print_rows(found: Sequence[Row], report: Report) -> None:
-    head = ["arm", "n", "survived %", "HIGH %", "HIGH p50 ms/MB", "p95", "p99", "HIGH s", "HIGH x alone", "LOW x alone"]
+    head = [
+        "arm",
+        "n",
+        "survived %",
+        "HIGH %",
+        "HIGH p50 ms/MB",
+        "p95",
+        "p99",
+        "unserved %",
+        "HIGH s",
+        "HIGH x alone",
+        "LOW x alone",
+    ]
     figures = [
         (
             *(one.survived, one.high_survived, one.high_p50_ms, one.high_p95_ms, one.high_p99_ms),
-            *(one.high_seconds, one.high_slowdown, one.low_slowdown),
+            *(one.high_unserved, one.high_seconds, one.high_slowdown, one.low_slowdown),
         )
         for one in found
     ]
