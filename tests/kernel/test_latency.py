@@ -22,10 +22,11 @@ import trio
 
 from agentrun.cgroup.tree import find_mount
 from agentrun.config import DaemonConfig
-from agentrun.daemon import Daemon, open_listener
+from agentrun.daemon import Daemon
 from agentrun.histogram import Histogram, since
 from agentrun.latency import PHASES, Report
 from agentrun.metrics import respond
+from agentrun.unixsocket import open_listener
 from agentrun_shim import data
 from tests.requirements import lacking
 from tests.support import BIN, PATIENCE, eventually, unique_name, with_executor

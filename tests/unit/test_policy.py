@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentrun.daemon import apply_options
+from agentrun.admission import apply_options
 from agentrun.errors import UsageError
 from agentrun.hints import check_budget
 from agentrun.policy import DEFAULT, Egress, Limits, parse_net

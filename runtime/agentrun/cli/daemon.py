@@ -20,7 +20,7 @@ import trio
 from agentrun import notify
 from agentrun.cgroup.tree import check_name
 from agentrun.config import DaemonConfig, executor_config, load_config
-from agentrun.daemon import Daemon, open_listener
+from agentrun.daemon import Daemon
 from agentrun.errors import AgentrunError, UsageError
 from agentrun.executor import Executor
 from agentrun.executorconfig import ExecutorConfig
@@ -28,6 +28,7 @@ from agentrun.metrics import open_metrics, serve_metrics
 from agentrun.nursery import open_plain_nursery
 from agentrun.opening import open_executor
 from agentrun.protocol import error_frame
+from agentrun.unixsocket import open_listener
 
 NICE = -10
 _log = logging.getLogger("agentrun")
