@@ -61,7 +61,7 @@ OPS = {
     "ROOT_ATTR": (91, 0),  # mount attributes a of the root
     "PIVOT": (92, 0),  # into the root; a: without pivot_root; b propagation of the root afterwards
     # container, inside
-    "CWD": (93, 1),  # working directory, made if it is not there
+    "CWD": (93, 1),  # working directory; a: made if it is not there
     "FIND": (94, 2),  # is there a program: name, PATH; b: look up the home of user a, too
     "PARK": (95, 0),  # tell the creator, and wait for `start`
     "LIMIT": (96, 0),  # resource limit a; two 64-bit numbers in the payload

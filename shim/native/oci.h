@@ -43,7 +43,7 @@ long link_make(const struct container *c, const char *target);
 long path_mask(const struct container *c, const char *path);
 long path_freeze(const struct container *c, const char *path);
 long root_pivot(const struct container *c);
-long work_directory(const char *path);
+long work_directory(const char *path, bool make);
 long tree_copy(int from, int to, unsigned depth);
 
 // ---------------------------------------------------------------- oci_process.c: what the container's process becomes

@@ -66,12 +66,13 @@ long cgroup_signal(int cgroup, int signal) {
     return sent;
 }
 
-// Everything in it, at once and for good. A frozen cgroup is thawed by it; before Linux 5.14 there is no cgroup.kill.
+// Everything in it, at once and for good. A frozen cgroup is thawed by it; before Linux 5.14 there is no cgroup.kill. Nor has
+// the root of a hierarchy one, which all processes are in: that has no freezer either, and nothing is done to it.
 long cgroup_kill(const char *path) {
     long dir = cgroup_open(path);
     if (dir < 0) return dir;
     long err = file_write((int)dir, "cgroup.kill", "1");
-    if (err == -ENOENT) file_write((int)dir, "cgroup.freeze", "0"), err = cgroup_signal((int)dir, SIGKILL_);
+    if (err == -ENOENT && (err = file_write((int)dir, "cgroup.freeze", "0")) >= 0) err = cgroup_signal((int)dir, SIGKILL_);
     sys_close((int)dir);
     return err;
 }

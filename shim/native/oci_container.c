@@ -292,7 +292,7 @@ static long execute(struct container *c) {
         return SYS5(__NR_mount_setattr, c->root, "", AT_EMPTY_PATH_, &attr, sizeof attr);
     }
     case COP_PIVOT: return root_pivot(c);
-    case COP_CWD: return work_directory(one);
+    case COP_CWD: return work_directory(one, op->a);
     case COP_FIND: return program_find(c, one);
     case COP_PARK: return park(c);
     case COP_LIMIT: return limit_set(op);

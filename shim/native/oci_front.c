@@ -82,6 +82,7 @@ const char *error_text(long err) {
     case EBUSY: return "device or resource busy";
     case ENOTDIR: return "not a directory";
     case EINVAL: return "invalid argument";
+    case ETIMEDOUT: return "timed out";
     case ENOSPC: return "no space left on device";
     default: str_add_u64(str_add(text, text + sizeof text, "errno "), text + sizeof text, (uint64_t)-err); return text;
     }
@@ -203,14 +204,14 @@ static void find_root(char **envp) {
     str_add(p, end, "/agentrun-oci");
 }
 
-// A name that is one directory's: letters, digits, _ + . - and not . or ..
+// A name that is one directory's: letters, digits, _ + . - and none of the last two to begin with.
 static bool sound_id(const char *id) {
     size_t n = 0;
     for (const char *p = id; *p; p++, n++) {
         bool word = (*p >= 'a' && *p <= 'z') || (*p >= 'A' && *p <= 'Z') || (*p >= '0' && *p <= '9');
         if (!word && !str_chr("_+.-", *p)) return false;
     }
-    return n > 0 && n < 1024 && !str_eq(id, ".") && !str_eq(id, "..");
+    return n > 0 && n < 256 && *id != '.' && *id != '-';
 }
 
 int program(int argc, char **argv, char **envp) {
@@ -219,15 +220,18 @@ int program(int argc, char **argv, char **envp) {
     find_root(envp);
     char **arg = argv + 1;
     const char *value, *operands[3] = {NULL};
+    bool odd = false;
     for (; *arg && **arg == '-'; arg++) {
         if ((value = value_of(&arg, "root"))) f.root = value;
         else if ((value = value_of(&arg, "log"))) f.log = value;
-        else if ((value = value_of(&arg, "log-format"))) f.json_log = str_eq(value, "json");
+        else if ((value = value_of(&arg, "log-format"))) f.json_log = str_eq(value, "json"), odd |= !f.json_log && !str_eq(value, "text");
         else if (!value_of(&arg, "log-level") && !value_of(&arg, "cgroup-manager") && !value_of(&arg, "rootless") &&
                  !value_of(&arg, "criu") && !str_eq(*arg, "--systemd-cgroup") && !str_eq(*arg, "--debug"))
             python(&f, NULL);
     }
-    if (!*arg || *f.root != '/') python(&f, NULL);
+    if (f.log && memcmp(f.log, "file:", 5) == 0) f.log += 5;
+    // Directories are changed on the way, so a relative path is made absolute first: there.
+    if (!*arg || *f.root != '/' || (f.log && *f.log != '/') || odd) python(&f, NULL);
     const char *verb = *arg++;
     bool state = str_eq(verb, "state"), start = str_eq(verb, "start"), kill = str_eq(verb, "kill"), del = str_eq(verb, "delete");
     if (!state && !start && !kill && !del) python(&f, NULL);
@@ -242,6 +246,6 @@ int program(int argc, char **argv, char **envp) {
     f.id = operands[0];
     if (state) return verb_state(&f);
     if (start) return verb_start(&f);
-    if (kill) return verb_kill(&f, operands[1] ? operands[1] : "TERM");
+    if (kill) return verb_kill(&f, operands[1] && *operands[1] ? operands[1] : "TERM");
     return verb_delete(&f);
 }

@@ -8,6 +8,7 @@
 #include <linux/prctl.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
+#include <linux/stat.h>
 
 enum { TIOCSCTTY_ = 0x540E, TIOCSPTLCK_ = 0x40045431, TIOCGPTPEER_ = 0x5441, TIOCGPTN_ = 0x80045430, TIOCSWINSZ_ = 0x5414 };
 enum { SIGKILL_ = 9, SIGPIPE_ = 13, SIGCHLD_ = 17, HOOK_STATUS = 0x10000, CLOEXEC_RANGE = 4 };
@@ -186,13 +187,20 @@ static void home_find(struct container *c, uint32_t uid) {
     }
 }
 
-static long executable(const char *path) { return SYS4(__NR_faccessat2, AT_FDCWD, path, 1 /* X_OK */, 0x200 /* AT_EACCESS */); }
+// A directory may be "executed" as well, but is no program: execve(2) says EACCES.
+static long executable(const char *path) {
+    struct statx st;
+    long err = SYS4(__NR_faccessat2, AT_FDCWD, path, 1 /* X_OK */, 0x200 /* AT_EACCESS */);
+    if (err == 0 && SYS5(__NR_statx, AT_FDCWD, path, 0, STATX_TYPE, &st) == 0 && (st.stx_mode & 0170000) == 0040000) return -EACCES;
+    return err;
+}
 
 // Whether there is a program of that name, before `create` says that all is well; `start` may still find it gone.
 long program_find(struct container *c, const char *name) {
     const char *path = text_next(name);
     long seen = -ENOENT;
     if (c->op->b) home_find(c, c->op->a);
+    if (!*name) return -ENOENT;
     if (str_chr(name, '/')) return executable(name);
     for (const char *p = path;;) {
         char full[PATH_ROOM], *q = full;
@@ -286,6 +294,7 @@ long device_program(const struct container *c, const char *cgroup) {
     load.insn_cnt = op->a;
     load.insns = (uint64_t)(uintptr_t)op_blob(op, text_next(cgroup));
     load.license = (uint64_t)(uintptr_t) "Apache-2.0";
+    memcpy(load.prog_name, "agentrun_dev", sizeof "agentrun_dev");  // by which `update` finds it
     long dir = sys_openat(AT_FDCWD, cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     if (dir < 0) return dir;
     long prog = SYS3(__NR_bpf, BPF_PROG_LOAD, &load, sizeof load), err = prog;

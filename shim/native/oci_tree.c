@@ -303,11 +303,11 @@ long root_pivot(const struct container *c) {
     return c->op->b ? SYS5(__NR_mount, NULL, "/", NULL, c->op->b, NULL) : 0;
 }
 
-// A working directory that is not there is made; one that is outside (a descriptor someone left open) is refused.
-long work_directory(const char *path) {
+// A working directory that is not there may be made; one that is outside (a descriptor someone left open) is refused.
+long work_directory(const char *path, bool make) {
     char text[PATH_ROOM];
     long err = SYS1(__NR_chdir, path);
-    if (err == -ENOENT && str_len(path) < sizeof text) {
+    if (err == -ENOENT && make && str_len(path) < sizeof text) {
         str_add(text, text + sizeof text, path);
         for (char *p = text + 1; *p; p++)
             if (*p == '/') *p = 0, SYS2(__NR_mkdir, text, 0755), *p = '/';

@@ -115,6 +115,30 @@ int verb_state(const struct front *f) {
 
 // ---------------------------------------------------------------- start
 
+// What an operation of its plan does, in the words that `create` has left: line by line.
+static const char *about_of(const struct known *k, uint32_t op) {
+    static char text[65536];
+    if (file_read(k->dir, "about", text, sizeof text) < 0) return "?";
+    char *line = text;
+    for (; op && *line; op--) {
+        while (*line && *line != '\n') line++;
+        if (*line) line++;
+    }
+    for (char *p = line; *p; p++)
+        if (*p == '\n') *p = 0;
+    return line;
+}
+
+// An errno, or what became of a hook: its wait status, marked as one.
+static const char *failure_text(uint32_t error) {
+    static char text[40];
+    char *p = text, *end = text + sizeof text;
+    if (error <= 0xffff) return error_text(-(long)error);
+    bool killed = error & 0x7f;
+    str_add_u64(str_add(p, end, killed ? "killed by signal " : "exit status "), end, killed ? error & 0x7f : error >> 8 & 0xff);
+    return text;
+}
+
 int verb_start(const struct front *f) {
     struct plan_event event = {0};
     must_exist(f, &it);
@@ -137,16 +161,12 @@ int verb_start(const struct front *f) {
             started = event.kind == KIND_STARTED;
             if (!started) break;
         }
-    if (event.kind == KIND_FAILED && (event.step == STEP_EXEC || event.error == ENOENT)) {
+    if (event.kind == KIND_FAILED && event.step == STEP_EXEC) {
         const char *why = event.error == ENOENT && it.exec && !str_chr(it.exec, '/') ? "executable file not found in $PATH" : error_text(-event.error);
         die(f, "exec: \"", it.exec ? it.exec : "?", "\": ", why, NULL);
     }
-    if (!started) {
-        char number[24];
-        str_add_u64(number, number + sizeof number, event.op);
-        if (event.kind == KIND_FAILED && event.error > 0xffff) die(f, "start: a startContainer hook failed", NULL);
-        die(f, "start: ", event.kind == KIND_FAILED ? error_text(-event.error) : "the container's process died", " (operation ", number, " of its plan)", NULL);
-    }
+    if (!started && event.kind == KIND_FAILED) die(f, "start: ", about_of(&it, event.op), ": ", failure_text(event.error), NULL);
+    if (!started) die(f, "start: the container's process died", NULL);
     SYS3(__NR_unlinkat, it.dir, "start", 0);
     if (it.poststart) python(f, "poststart");
     return 0;

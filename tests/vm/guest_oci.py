@@ -398,7 +398,7 @@ def suite() -> Any:
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--assert=plain", "--tb=short", f"--junit-xml={report}",
         "tests/kernel/test_oci_config.py", "tests/kernel/test_oci_life.py", "tests/kernel/test_oci_rootless.py",
-        "tests/kernel/test_oci_storm.py",
+        "tests/kernel/test_oci_storm.py", "tests/kernel/test_oci_odd.py",
     ]  # fmt: skip
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "AGENTRUN_OCI_STORM": "100"}
     done = subprocess.run(command, text=True, capture_output=True, env=env, check=False, timeout=400)

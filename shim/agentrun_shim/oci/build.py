@@ -114,15 +114,16 @@ def container_plan(
     plan.add("SESSION")
     if process.terminal:
         plan.add("TTY", a=process.uid, b=process.rows, c=process.columns, d=1, about="process.terminal")
-    label = open_label(plan, process, log)
+    label = open_label(plan, process)
     if wants_state:
         plan.add("STATE")
     hooks.add(plan, config, "createContainer")
-    if config["root"].get("readonly"):
-        plan.add("ROOT_ATTR", a=names.RDONLY, about="root.readonly")
     plan.add("PIVOT", a=int(request.no_pivot), b=inside, about="pivot_root")
 
-    # Inside.
+    # Inside. A working directory that the image lacks is made while that can be.
+    process.enter(plan, make=True)
+    if config["root"].get("readonly"):
+        plan.add("ROOT_ATTR", a=names.RDONLY, about="root.readonly")
     process.find(plan)
     process.placement(plan)
     _memory_policy(plan, linux)
@@ -162,11 +163,11 @@ def _oom(plan: Plan, process: Process, *, privileged: bool, log: Log) -> None:
     plan.add("WRITE", "/proc/self/oom_score_adj", str(score), about="process.oomScoreAdj")
 
 
-def open_label(plan: Plan, process: Process, log: Log) -> int | None:
+def open_label(plan: Plan, process: Process) -> int | None:
     """Open the file a label is written to at the very end; returns its slot, or None without a label.
 
     Raises:
-        OciError: AppArmor is asked for, and not there.
+        OciError: AppArmor or SELinux is asked for, and not there.
     """
     if process.apparmor and process.apparmor != "unconfined":
         if not os.path.isdir("/sys/kernel/security/apparmor") and not os.path.exists("/sys/module/apparmor/parameters/enabled"):
@@ -174,8 +175,7 @@ def open_label(plan: Plan, process: Process, log: Log) -> int | None:
         path = _APPARMOR[0] if os.path.exists(_APPARMOR[0]) else _APPARMOR[1]
     elif process.selinux:
         if not os.path.exists("/sys/fs/selinux/enforce"):
-            log.write("warning", f"process.selinuxLabel {process.selinux}: this kernel has no SELinux")
-            return None
+            raise OciError(f"process.selinuxLabel {process.selinux}: this kernel has no SELinux")
         path = _SELINUX
     else:
         return None

@@ -19,7 +19,7 @@ from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.log import Log
 
 INIT = "init"
-SHOWN = ("memory.max", "memory.swap.max", "memory.high", "pids.max", "cpu.max")
+SHOWN = ("memory.max", "memory.swap.max", "memory.high", "memory.low", "memory.min", "pids.max", "cpu.max")
 
 
 def find_mount() -> tuple[str, str] | None:
@@ -58,13 +58,30 @@ def place(path: str, name: str, *, rootless: bool) -> str:
         raise OciError(
             "no cgroup2 file system is mounted (mount -t cgroup2 none /sys/fs/cgroup), and --cgroup-manager is not disabled"
         )
-    if ".." in path.split("/"):
-        raise OciError(f"linux.cgroupsPath: {path!r} has .. in it")
+    # Not agentrun-…: those at the base are the daemon's, and it clears them of what a dead one left.
+    parts = [part for part in (path or f"oci-agentrun-{name}").split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        raise OciError(f"linux.cgroupsPath: {path!r} {'has .. in it' if parts else 'names no cgroup of its own'}")
     base = mount[0]
     if rootless and not path.startswith("/"):
         base += own_cgroup().rstrip("/")
-    # Not agentrun-…: those at the base are the daemon's, and it clears them of what a dead one left.
-    return f"{base}/{(path or f'oci-agentrun-{name}').strip('/')}"
+    return f"{base}/{'/'.join(parts)}"
+
+
+def must_be_free(path: str) -> None:
+    """Refuse a cgroup that others are in already: it would be frozen with the container, limited with it, and killed with it.
+
+    Raises:
+        OciError: there are processes in it, or below.
+    """
+    try:
+        events = read(path, "cgroup.events")
+    except FileNotFoundError:
+        if not os.path.exists(f"{path}/cgroup.procs"):
+            return  # it is not there yet
+        events = "populated 1"  # the root of a hierarchy has no such file
+    if "populated 1" in events:
+        raise OciError(f"the cgroup {path} is not the container's alone: there are processes in it")
 
 
 def make(path: str) -> None:

@@ -8,6 +8,7 @@ from agentrun_shim.oci import names
 from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.jsontext import loads
 from agentrun_shim.oci.mounts import pack_maps
+from agentrun_shim.oci.shape import CONFIG, check
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,16 +34,14 @@ def load(path: str) -> dict[str, Any]:
     config = loads(data, path)
     if not isinstance(config, dict):
         raise OciError(f"{path}: not an object")
-    version = config.get("ociVersion")
-    if not isinstance(version, str) or version.split(".")[0] != "1" or len(version.split(".")) < 3:
+    check(config, CONFIG, "")
+    version = config.get("ociVersion") or ""
+    if version.split(".")[0] != "1" or len(version.split(".")) < 3:
         raise OciError(f"ociVersion: {version!r} is no version 1.x.y of the runtime specification")
-    if not isinstance(config.get("root"), dict) or not config["root"].get("path"):
+    if not (config.get("root") or {}).get("path"):
         raise OciError("root.path: a root file system is needed")
-    if not isinstance(config.get("process"), dict):
+    if not config.get("process"):
         raise OciError("process: nothing to run")
-    for key, kind in (("linux", dict), ("mounts", list), ("hooks", dict), ("annotations", dict)):
-        if config.get(key) is not None and not isinstance(config[key], kind):
-            raise OciError(f"{key}: {kind.__name__} expected")
     return config
 
 
@@ -67,6 +66,11 @@ class Linux:
                 self.new[kind] = True
         if "mount" not in self.new:
             raise OciError("linux.namespaces: a mount namespace of the container's own is needed (type mount, without a path)")
+        self.own = {*self.new, *dict(self.joined)}
+        """Kinds of namespaces that are not simply the host's."""
+        for key in ("hostname", "domainname"):
+            if config.get(key) and "uts" not in self.own:
+                raise OciError(f"{key}: it would be the host's: the container has no uts namespace")
         self.joined.sort(key=lambda item: _JOIN_LAST.index(item[0]) if item[0] in _JOIN_LAST else -1)
         users, groups = self.config.get("uidMappings") or [], self.config.get("gidMappings") or []
         if "user" in self.new and not (users and groups):
@@ -83,7 +87,7 @@ class Linux:
     @property
     def in_user_namespace(self) -> bool:
         """New or joined."""
-        return "user" in self.new or "user" in dict(self.joined)
+        return "user" in self.own
 
     @property
     def best_effort(self) -> bool:
@@ -122,7 +126,7 @@ class Linux:
         for name, value in (self.config.get("sysctl") or {}).items():
             path = name if "/" in name else name.replace(".", "/")
             parts = path.split("/")
-            own = [*self.new, *dict(self.joined)]
+            own = self.own
             if parts[0] == "net" and "network" not in own:
                 raise OciError(f"linux.sysctl: {name} is the host's: the container has no network namespace")
             ipc = path.startswith("fs/mqueue/") or (parts[0] == "kernel" and parts[1:2] and parts[1] in _IPC)

@@ -40,6 +40,8 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
     console = options.get("console-socket")
     pid_file = options.get("pid-file")
     pid_file = os.path.abspath(pid_file) if pid_file else None
+    pidfd_socket = options.get("pidfd-socket")
+    pidfd_socket = os.path.abspath(pidfd_socket) if pidfd_socket else None
     keep, listen_env = preserved(options.number("preserve-fds"))
     for stage in hooks.STAGES:
         hooks.of(config, stage)
@@ -74,6 +76,8 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
     container = state.Container(context.root, name, new=True)
     launch = scope = None
     try:
+        if leaf:
+            cgroup.must_be_free(leaf)
         if scoped:
             from agentrun_shim.oci import systemd
 
@@ -96,6 +100,7 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
             log=context.log, host_rules=not context.rootless,
         )  # fmt: skip
         _note(container, config, bundle, leaf, process, filters)
+        container.write("about", "\n".join([text.replace("\n", " ") for text in plan.about]).encode("utf-8", "surrogateescape"))
         if leaf:
             if scope is None:
                 cgroup.make(f"{leaf}/{cgroup.INIT}")
@@ -117,7 +122,7 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
             launch.send_state(agent_state(config, told, pid) if filters and filters[2] else told)
         launch.expect(cp.PARKED)
         set_rlimits(pid, process)
-        pid_out(pid, pid_file, options.get("pidfd-socket"))
+        pid_out(pid, pid_file, pidfd_socket)
         container.save(pid=pid, started=state.start_time(pid))
         launch.send(b"c")
         launch.close()

@@ -20,6 +20,7 @@ from agentrun_shim.oci.jsontext import loads
 from agentrun_shim.oci.launch import Launch
 from agentrun_shim.oci.options import Options
 from agentrun_shim.oci.process import Process, set_rlimits
+from agentrun_shim.oci.shape import PROCESS, check
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def _process(options: Options, config: dict[str, Any]) -> dict[str, Any]:
             given: dict[str, Any] = loads(file.read(), path)
         if not isinstance(given, dict):
             raise OciError(f"{path}: not an object")
+        check(given, PROCESS, "process")
     else:
         if len(options.operands) < 2:
             raise OciError("exec: a program is needed, or --process")
@@ -129,7 +131,10 @@ def _process(options: Options, config: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise OciError(f"exec: --user {user}: numbers are needed, uid[:gid]") from None
     if groups := options.many.get("additional-gids"):
-        given["user"] = {**(given.get("user") or {}), "additionalGids": [int(group) for group in groups]}
+        try:
+            given["user"] = {**(given.get("user") or {}), "additionalGids": [int(group) for group in groups]}
+        except ValueError:
+            raise OciError(f"exec: --additional-gids {' '.join(groups)}: numbers are needed") from None
     if "no-new-privs" in options:
         given["noNewPrivileges"] = True
     for flag, key in (("apparmor", "apparmorProfile"), ("process-label", "selinuxLabel")):
@@ -193,7 +198,7 @@ def _plan(
         plan.add("JOIN", f"/proc/{pid}/ns/pid", a=names.NAMESPACES["pid"], about="the container's pid namespace")
     plan.add("CLONE", about="clone")
     plan.add("WAIT", a=ord("m"))
-    label = open_label(plan, process, context.log)
+    label = open_label(plan, process)
     for name, path, flag, kind in joins:
         plan.add(name, path, a=flag, about=f"the container's {kind} namespace")
     if linux.in_user_namespace:
@@ -204,6 +209,7 @@ def _plan(
         plan.add("TTY", a=process.uid, b=process.rows, c=process.columns, about="process.terminal")
     if filters and filters[2]:
         plan.add("STATE")
+    process.enter(plan, make=False)
     process.find(plan)
     process.placement(plan)
     process.rights(plan, filters, label=label)

@@ -37,7 +37,8 @@ def loads(data: bytes, what: str) -> Any:
             value, end = make_scanner(context)(text, _blank(text, 0))
             if _blank(text, end) != len(text):
                 raise ValueError(f"more than one value, at {end}")
-        except (ImportError, TypeError, AttributeError):  # another interpreter, or a newer one
+        except (ImportError, TypeError, AttributeError, SystemError):
+            # Another interpreter, or a newer one; or no word for what is wrong: the scanner wants json's own error.
             import json
 
             value = json.loads(text)

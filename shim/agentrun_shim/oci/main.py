@@ -10,7 +10,11 @@ import sys
 
 from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.log import Log
-from agentrun_shim.oci.options import Options, parse
+from agentrun_shim.oci.options import GLOBAL, VALUE, Options, parse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agentrun_shim.oci.context import Context
 
 _FULL_MAP = ["0", "0", "4294967295"]
 
@@ -26,13 +30,14 @@ def main() -> None:
 
 
 def _run(default_root: str, internal: str, arguments: list[str]) -> int:
-    log = _early_log(arguments)
+    log, verb = _early(arguments)
     try:
         options = parse(arguments)
         if "version" in options or "help" in options or not options.verb:
             from agentrun_shim.oci.usage import show
 
             return show(options)
+        _check_log(options)
         return _dispatch(options, os.path.abspath(options.get("root") or default_root), internal, log)
     except OciError as error:
         log.error(str(error))
@@ -42,7 +47,7 @@ def _run(default_root: str, internal: str, arguments: list[str]) -> int:
         return 130
     except Exception as error:  # noqa: BLE001 -- an engine reads one line of JSON, not a traceback
         log.error(f"internal error: {type(error).__name__}: {error} (in {_where(error)})")
-    return 255 if "exec" in arguments else 1
+    return 255 if verb == "exec" else 1
 
 
 def _where(error: BaseException) -> str:
@@ -55,18 +60,30 @@ def _where(error: BaseException) -> str:
     return place
 
 
-def _early_log(arguments: list[str]) -> Log:
-    """Where errors go, found without understanding the rest: a wrong flag has to be said in the log as well."""
-    log = Log()
-    for number, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if not equals and number + 1 < len(arguments):
-            value = arguments[number + 1]
-        if name == "--log":
-            log.path = value.removeprefix("file:")
-        elif name == "--log-format":
+def _early(arguments: list[str]) -> tuple[Log, str]:
+    """Where errors go, and the verb, found without understanding the rest: a wrong flag has to be said in the log as well.
+
+    Only what stands before the verb is looked at: what a program in a container is given may look like a flag of ours.
+    """
+    log, rest = Log(), list(arguments)
+    while rest and rest[0].startswith("-"):
+        name, equals, value = rest.pop(0).lstrip("-").partition("=")
+        if GLOBAL.get(name) == VALUE and not equals:
+            value = rest.pop(0) if rest else ""
+        if name == "log":
+            log.path = os.path.abspath(value.removeprefix("file:"))  # directories are changed on the way
+        elif name == "log-format":
             log.json = value == "json"
-    return log
+    return log, rest[0] if rest else ""
+
+
+def _check_log(options: Options) -> None:
+    kind = options.get("log-format", "text")
+    if kind not in ("text", "json"):
+        raise OciError(f"--log-format: {kind!r} is none of text, json")
+    place = options.get("log") or ""
+    if place.startswith(("journald:", "syslog:")):
+        raise OciError(f"--log {place}: a file is needed")
 
 
 def is_rootless(flag: str | None) -> bool:
@@ -108,7 +125,7 @@ def _dispatch(options: Options, root: str, internal: str, log: Log) -> int:
 
         return int(getattr(documents, verb)(options))
     if verb in ("state", "start", "kill", "delete"):
-        raise OciError(_native_usage(options))
+        _plainly(context, options)
     from agentrun_shim.oci import verbs
 
     return int(getattr(verbs, f"{verb}_")(context, options))
@@ -120,15 +137,25 @@ def _one(options: Options) -> str:
     return options.operands[0]
 
 
-def _native_usage(options: Options) -> str:
-    """Why the native half did not take it: it was no plain command line."""
+def _plainly(context: Context, options: Options) -> None:
+    """Become the native half, which did not take the command line as it was written: it knows only the plain forms.
+
+    Raises:
+        OciError: it was not only written otherwise.
+    """
+    from agentrun_shim.oci.launch import NATIVE
     from agentrun_shim.oci.state import check_id
 
+    verb, operands = options.verb, options.operands
     if "regex" in options:
-        return f"{options.verb}: --regex is not supported"
-    if options.operands:
-        check_id(options.operands[0])
-    return f"{options.verb}: a container id is needed{', and at most one signal' if options.verb == 'kill' else ''}"
+        raise OciError(f"{verb}: --regex is not supported")
+    if not 1 <= len(operands) <= (2 if verb == "kill" else 1):
+        raise OciError(f"{verb}: exactly one container id is needed{', and at most one signal' if verb == 'kill' else ''}")
+    check_id(operands[0])
+    if any(word.startswith("-") for word in operands):
+        raise OciError(f"{verb}: unknown signal {operands[1]!r}")
+    flags = [f"--{name}" for name in ("force", "all") if name in options]
+    os.execv(NATIVE, ["agentrun-oci", *context.front(), verb, *flags, *operands])
 
 
 if __name__ == "__main__":

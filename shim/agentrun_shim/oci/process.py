@@ -74,9 +74,12 @@ class Process:
             mask = cpu_mask(affinity)
             plan.add("AFFINITY", a=len(mask), blob=mask, about=f"process.execCPUAffinity.final {affinity}")
 
+    def enter(self, plan: Plan, *, make: bool) -> None:
+        """The working directory, made if it is not there and ``make``."""
+        plan.add("CWD", self.cwd, a=int(make), about=f"process.cwd {self.cwd}")
+
     def find(self, plan: Plan) -> None:
-        """Working directory and program, while an error is still `create`'s."""
-        plan.add("CWD", self.cwd, about=f"process.cwd {self.cwd}")
+        """The program, while an error is still `create`'s."""
         plan.add("FIND", self.args[0], self.path, a=self.uid, b=int(self._homeless), about="exec")
 
     def rights(
@@ -144,6 +147,8 @@ def _rlimit(limit: dict[str, Any]) -> tuple[int, int, int]:
     kind = str(limit.get("type"))
     if kind.removeprefix("RLIMIT_") not in names.RLIMITS or not kind.startswith("RLIMIT_"):
         raise OciError(f"process.rlimits: unknown type {kind!r}")
+    if limit.get("soft") is None or limit.get("hard") is None:
+        raise OciError(f"process.rlimits: {kind}: soft and hard are needed")
     return names.RLIMITS[kind[7:]], limit["soft"], limit["hard"]
 
 

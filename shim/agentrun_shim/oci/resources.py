@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 Files = list[tuple[str, str]]
+_NONE = (
+    ("network", "classID", "cgroup v2 has no net_cls (a BPF program can look at the cgroup instead)"),
+    ("network", "priorities", "cgroup v2 has no net_prio"),
+    ("memory", "swappiness", "cgroup v2 has no swappiness of its own for a cgroup"),
+    ("memory", "disableOOMKiller", "cgroup v2 always kills what is out of memory"),
+)
+"""What only cgroup v1 had. ``memory.kernel`` and ``kernelTCP`` are passed over: deprecated, and counted in ``limit`` here."""
 
 
 def to_files(resources: dict[str, Any]) -> Files:
@@ -37,8 +44,9 @@ def to_files(resources: dict[str, Any]) -> Files:
             if name in limits
         ]
         files.append(("rdma.max", f"{device} {' '.join(words)}"))
-    if (resources.get("network") or {}).get("classID"):
-        raise OciError("linux.resources.network.classID: cgroup v2 has no net_cls (a BPF program can look at the cgroup instead)")
+    for table, key, why in _NONE:
+        if (resources.get(table) or {}).get(key):
+            raise OciError(f"linux.resources.{table}.{key}: {why}")
     for file, text in (resources.get("unified") or {}).items():
         if "/" in file or not isinstance(text, str):
             raise OciError(f"linux.resources.unified: {file!r}: {text!r}: a file's name, and its text")

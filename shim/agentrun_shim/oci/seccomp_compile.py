@@ -8,7 +8,7 @@ import os
 from agentrun_shim import libseccomp
 from agentrun_shim.oci.errors import OciError
 from agentrun_shim.oci.log import Log
-from agentrun_shim.oci.seccomp_words import ARCHES, OPERATORS, action_word
+from agentrun_shim.oci.seccomp_words import ARCHES, FOREIGN, OPERATORS, action_word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def compile_rules(config: dict[str, Any], rules: list[dict[str, Any]], log: Log)
                 result = library.seccomp_arch_add(context, ctypes.c_uint32(ARCHES[arch]))
                 if result not in (0, -17):  # EEXIST: the native one is there already
                     raise OciError(f"linux.seccomp.architectures: {arch}: {os.strerror(-result)}")
+            elif arch not in FOREIGN:
+                raise OciError(f"linux.seccomp.architectures: unknown architecture {arch}")
         # no_new_privs is the configuration's to set; what fits no architecture is killed, as by default.
         library.seccomp_attr_set(context, 3, ctypes.c_uint32(0))
         for rule in rules:

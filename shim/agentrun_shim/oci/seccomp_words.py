@@ -13,6 +13,12 @@ OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
 ARCHES = {
     "SCMP_ARCH_X86": 0x40000003, "SCMP_ARCH_X86_64": 0xC000003E, "SCMP_ARCH_X32": 0x4000003E, "SCMP_ARCH_NATIVE": 0,
 }  # fmt: skip
+FOREIGN = {
+    f"SCMP_ARCH_{name}"
+    for name in ("ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32", "PPC", "PPC64", "PPC64LE",
+                 "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64", "M68K", "SH", "SHEB")
+}  # fmt: skip
+"""Of other machines: a profile may name them all, and here they come to nothing."""
 FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 32,

@@ -4,6 +4,7 @@ record       lines ``key value``; renamed into place. Whoever finds it can remov
 head         the state's JSON but for pid, status and the closing brace
 config.json  as it was when the container was made
 filter       its seccomp program, for exec
+about        its plan in words, a line for each operation: which one failed, for ``start``
 start        the socket of a container that waits for ``start``
 leaves       cgroups of execs, a line each
 """
@@ -20,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_LONGEST = 255
+"""NAME_MAX: it is a directory's name. What begins with a dot, below the root, is not a container but ours."""
 _ID = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-")
 
 
@@ -29,8 +32,8 @@ def check_id(name: str) -> str:
     Raises:
         OciError: it could not be the name of one directory.
     """
-    if not name or not _ID.issuperset(name) or name in (".", "..") or len(name) > 1023:
-        raise OciError(f"invalid container id {name!r}: letters, digits, and _ + . - are allowed")
+    if not name or not _ID.issuperset(name) or name[0] in ".-" or len(name) > _LONGEST:
+        raise OciError(f"invalid container id {name!r}: letters, digits, and _ + . - are allowed, and no . or - to begin with")
     return name
 
 
@@ -53,7 +56,9 @@ class Container:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileExistsError:
             raise OciError(f"container with id {name} already exists") from None
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if new:  # something that containers cannot be below, say /proc
+                raise OciError(f"--root {root}: {strerror(error)}") from None
             raise OciError(f"container {name} does not exist") from None
         except OSError as error:
             raise OciError(f"{self.path}: {strerror(error)}") from None

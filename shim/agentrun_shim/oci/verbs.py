@@ -6,12 +6,13 @@ import os
 import sys
 import time
 
-from agentrun_shim.oci import cgroup, leaves, resources
+from agentrun_shim.oci import cgroup, devices, leaves, resources
 from agentrun_shim.oci.config import Linux
 from agentrun_shim.oci.context import Context
 from agentrun_shim.oci.errors import OciError, strerror
 from agentrun_shim.oci.jsontext import dumps, loads
 from agentrun_shim.oci.options import Options
+from agentrun_shim.oci.shape import RESOURCES, check
 from agentrun_shim.oci.state import Container
 
 TYPE_CHECKING = False
@@ -23,6 +24,13 @@ def _open(context: Context, options: Options) -> Container:
     if not options.operands:
         raise OciError(f"{options.verb}: a container id is needed")
     return Container(context.root, options.operands[0])
+
+
+def _format(options: Options) -> str:
+    form = options.get("format") or "table"
+    if form not in ("table", "json"):
+        raise OciError(f"{options.verb}: --format {form!r} is none of table, json")
+    return form
 
 
 def _cgroup(container: Container) -> str:
@@ -68,34 +76,52 @@ def update_(context: Context, options: Options) -> int:
     elif source:
         with open(source, "rb") as file:
             wanted = loads(file.read(), source)
+    if not isinstance(wanted, dict):
+        raise OciError("update: the resources are not an object")
+    check(wanted, RESOURCES, "")
+    wanted = {table: values for table, values in wanted.items() if values is not None}
     for flag, table, key in _FLAGS:
         if flag in options:
             wanted.setdefault(table, {})[key] = options.number(flag)
     for flag, key in (("cpuset-cpus", "cpus"), ("cpuset-mems", "mems")):
         if flag in options:
             wanted.setdefault("cpu", {})[key] = options.get(flag)
-    wanted.pop("devices", None)  # engines pass them again; they cannot be changed under a running container here
+    rules = wanted.pop("devices", None)
+    files = resources.to_files(wanted)
     container.lock()
     config = container.config()
-    files = resources.to_files(wanted)
+    kept = config["linux"]["resources"] = config["linux"].get("resources") or {}
+    program = None if rules is None or context.rootless else _other_program(kept.get("devices") or [], rules)
     if unit := container.record.get("scope"):
         from agentrun_shim.oci import systemd
 
         systemd.Manager(rootless=context.rootless).set_properties(unit, systemd.limits(files))
     cgroup.apply(_cgroup(container), files, best_effort=Linux(config).best_effort, log=context.log)
-    kept = config.setdefault("linux", {}).setdefault("resources", {})
+    if program is not None:
+        from agentrun_shim.oci.deviceprogram import replace
+
+        replace(_cgroup(container), program)
+    if rules is not None:
+        kept["devices"] = rules
     for table, values in wanted.items():
         kept[table] = {**(kept.get(table) or {}), **values} if isinstance(values, dict) else values
     container.write("config.json", dumps(config).encode())
     return 0
 
 
+def _other_program(before: list[dict[str, Any]], rules: list[dict[str, Any]]) -> bytes | None:
+    """The program for device rules; None if those before come to the same: containerd passes all there are with every update."""
+    program = devices.compile_rules(rules)
+    return None if program == devices.compile_rules(before) else program
+
+
 def ps_(context: Context, options: Options) -> int:
     """The processes of a container: a table, or the numbers as JSON."""
     container = _open(context, options)
+    form = _format(options)
     path = container.record.get("cgroup")
     pids = cgroup.processes(path) if path else [container.pid] if container.alive() else []
-    if options.get("format", "table") == "json":
+    if form == "json":
         print(dumps(pids))
         return 0
     print(f"{'PID':>8} {'PPID':>8} {'UID':>6} CMD")
@@ -113,6 +139,7 @@ def ps_(context: Context, options: Options) -> int:
 
 def list_(context: Context, options: Options) -> int:
     """All containers below the root."""
+    form = _format(options)
     found = []
     try:
         entries = sorted([name for name in os.listdir(context.root) if not name.startswith(".")])
@@ -129,7 +156,7 @@ def list_(context: Context, options: Options) -> int:
         container.close()
     if "quiet" in options:
         print("".join([f"{one['id']}\n" for one in found]), end="")
-    elif options.get("format", "table") == "json":
+    elif form == "json":
         print(dumps(found))
     else:
         width = max([len(one["id"]) for one in found] + [2])
