@@ -12,6 +12,7 @@ import pytest
 
 from agentrun import UsageError
 from agentrun.image.store import Store
+from agentrun.session.review import carry_over, look
 from agentrun.session.store import Sessions
 from tests.image.roots import write_root
 
@@ -111,3 +112,14 @@ def test_that_one_waits_and_is_free_as_soon_as_who_has_it_is_killed(executor, se
             executor.sh("true", session=name)
     assert executor.text("echo free", session=name) == "free"
     cli("rm", cli("fork", name))
+
+
+def test_killed_in_the_middle_of_applying(session):
+    name, directory = session
+    with at_work("apply", name):
+        pass
+    assert 0 < len(list(directory.glob("f?"))) < 8
+    assert {change.path for change in look(Sessions(), name).changes} < {b"", *(b"f%d" % n for n in range(8))}
+    _, report = carry_over(Sessions(), name)
+    assert report.complete
+    assert sorted(path.name for path in directory.iterdir()) == [f"f{n}" for n in range(8)]

@@ -10,6 +10,7 @@
     units     changes → what is applied as one: a file, a tree that came, a tree that went
     check     whether the base is still what the changes were made to
     build     a new file or tree, made aside
+    leftovers what an applying that was killed left beside a unit's place
     apply     units → the base, each atomically; killed anywhere, it can be run again
     patch     changes as text, for people
     mount     the overlay of a workspace

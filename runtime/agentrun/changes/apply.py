@@ -19,9 +19,7 @@ import msgspec
 
 from agentrun.changes.beneath import (
     DIRECTORY,
-    ESCAPES,
     FILE,
-    NOT_THERE,
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     look_at,
@@ -32,7 +30,8 @@ from agentrun.changes.beneath import (
     sync_file_system,
 )
 from agentrun.changes.build import build, dress, remove_tree
-from agentrun.changes.check import Conflict, State, check, differences, find_damage, is_new
+from agentrun.changes.check import Conflict, State, check, differences, find_damage
+from agentrun.changes.leftovers import clear_unit, names
 from agentrun.changes.model import Change
 from agentrun.changes.units import Unit, make_units
 from agentrun.errors import HostError, UsageError
@@ -108,7 +107,7 @@ class _Apply:
         for number, unit in enumerate(self._units):
             self._step("checking", number, len(self._units))
             _check_rights(unit, self._layers)
-            self._recover(unit)
+            report.conflicts += clear_unit(unit, self._layers, self._root, self._name)
             report.conflicts += check(unit, self._layers, self._root, force=self._force)[1]
         self._step("checking", len(self._units), len(self._units))
         if report.conflicts:
@@ -138,7 +137,7 @@ class _Apply:
         for unit in made:
             if check(unit, self._layers, self._root, force=self._force)[0] is State.TODO:
                 with opened(self._root, split(unit.path)[0], DIRECTORY) as parent:
-                    build(unit, self._layers, parent, self._names(unit)[0], sync=one_by_one)
+                    build(unit, self._layers, parent, names(self._name, unit)[0], sync=one_by_one)
             self._count()
         self._steps += len(units) - len(made)
         if not one_by_one:
@@ -161,12 +160,7 @@ class _Apply:
         """What was made is not wanted any more: somebody was faster."""
         above = split(unit.path)[0]
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self._root, above, DIRECTORY) as parent:
-            remove_tree(parent, self._names(unit)[0])
-
-    def _names(self, unit: Unit) -> tuple[bytes, bytes, bytes]:
-        """Where it is made, where it waits, and its own."""
-        stem = f".agentrun-{self._name}-{unit.number}".encode()
-        return stem + b".part", stem + b".new", split(unit.path)[1]
+            remove_tree(parent, names(self._name, unit)[0])
 
     def _carry_out(self, unit: Unit) -> list[Conflict]:
         if unit.attributes:
@@ -178,7 +172,7 @@ class _Apply:
             return self._remove(unit, parent) if unit.new is None else self._put(unit, parent)
 
     def _remove(self, unit: Unit, parent: int) -> list[Conflict]:
-        _, new, name = self._names(unit)
+        _, new, name = names(self._name, unit)
         rename(parent, name, new, RENAME_NOREPLACE)
         if conflicts := list(differences(unit, parent, new, moved=True, force=self._force)):
             rename(parent, new, name, RENAME_NOREPLACE)
@@ -187,7 +181,7 @@ class _Apply:
         return []
 
     def _put(self, unit: Unit, parent: int) -> list[Conflict]:
-        part, new, name = self._names(unit)
+        part, new, name = names(self._name, unit)
         rename(parent, part, new, RENAME_NOREPLACE)
         if look_at(parent, name) is None:
             try:
@@ -218,48 +212,12 @@ class _Apply:
 
     def _put_over(self, unit: Unit, parent: int) -> list[Conflict]:
         """On a file system where names cannot change places: between the last look and the rename somebody may be faster."""
-        _, new, name = self._names(unit)
+        _, new, name = names(self._name, unit)
         if "d" in {entry.kind for entry in (unit.new, unit.old.get(unit.path)) if entry is not None}:
             remove_tree(parent, new)
             raise OSError(errno.EOPNOTSUPP, "this file system cannot exchange a file and a directory", os.fsdecode(unit.path))
         os.rename(new, name, src_dir_fd=parent, dst_dir_fd=parent)
         return []
-
-    def _recover(self, unit: Unit) -> None:
-        """Clear away what a run that was killed has left beside a unit's place."""
-        if unit.attributes:
-            return
-        try:
-            parent = open_beneath(self._root, split(unit.path)[0], DIRECTORY)
-        except OSError as error:
-            if error.errno in (*NOT_THERE, *ESCAPES):
-                return  # the check has more to say about that
-            raise
-        try:
-            part, new, _ = self._names(unit)
-            remove_tree(parent, part)
-            if look_at(parent, new) is None:
-                return
-            if is_new(unit, self._layers, parent, new):  # not installed
-                remove_tree(parent, new)
-            elif unit.old and not list(differences(unit, parent, new, moved=True, force=self._force)):
-                remove_tree(parent, new)  # taken out, and looked at or not: it was what it had to be
-            else:
-                self._give_back(unit, parent)
-        finally:
-            os.close(parent)
-
-    def _give_back(self, unit: Unit, parent: int) -> None:
-        """What was taken out and not expected goes back to its place; where that is taken, nobody but a human can tell."""
-        _, new, name = self._names(unit)
-        if look_at(parent, name) is None:
-            rename(parent, new, name, RENAME_NOREPLACE)
-        elif is_new(unit, self._layers, parent, name):
-            rename(parent, new, name, RENAME_EXCHANGE)
-            remove_tree(parent, new)
-        else:
-            kept = f"was replaced twice; what was there first is kept as {os.fsdecode(new)}"
-            self._report.conflicts.append(Conflict(unit.path, kept))
 
 
 def _check_rights(unit: Unit, layers: Sequence[int]) -> None:

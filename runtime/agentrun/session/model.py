@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from agentrun.changes.model import Change
 from agentrun.errors import UsageError
 from agentrun.overlay import MOST_LOWERS
 from agentrun.tomltext import show
@@ -43,6 +44,16 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """What its sandboxes are told apart by: another one after each snapshot and rollback."""
         return f"{self.id}.{self.upper}"
+
+
+class Applying(msgspec.Struct, frozen=True):
+    """An applying that was begun, and perhaps not finished: what has to be known to clear away what it left."""
+
+    name: str
+    """In the names that it uses: never the same twice, for units of another one are other paths."""
+    layers: tuple[str, ...]
+    """Topmost first: where its changes have their files. They stay for as long as this is known."""
+    changes: tuple[Change, ...]
 
 
 def most_layers(depth: int) -> int:

@@ -4,6 +4,7 @@
 
     sessions/<id>.json    a ``Session``
     sessions/<id>.lock    who uses it: ``holds``
+    sessions/<id>.begun   an ``Applying`` that was begun, and perhaps not finished
     layers/<name>/        ``layers``
     tmp/                  what is not yet, or no longer, one of these
     lock                  held while anything is made, changed or removed
@@ -25,7 +26,7 @@ import msgspec
 from agentrun.changes.draft import stamp
 from agentrun.errors import HostError, UsageError
 from agentrun.image import locks
-from agentrun.session.model import Session
+from agentrun.session.model import Applying, Session
 from agentrun.tomltext import show
 
 _ID: Final = re.compile(r"[0-9a-f]{12}")
@@ -104,27 +105,43 @@ class Shelf:
     def write(self, session: Session) -> None:
         """Make a session, or replace what is known of it; within ``changing``."""
         self.lock_path(session.id).touch(0o600)
-        new = self.tmp / f"{session.id}.json"
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(session))
-            file.flush()
-            os.fsync(fd)
-        new.rename(self._path(session.id))
-        locks.sync_directory(self.sessions)
+        self._write(self._path(session.id), msgspec.json.encode(session))
 
     def remove(self, session_id: str) -> None:
         """Remove a session's files; within ``changing``, by who has it alone."""
         self._path(session_id).unlink()
+        self.write_begun(session_id, None)
         self.lock_path(session_id).unlink(missing_ok=True)
         locks.sync_directory(self.sessions)
 
+    def read_begun(self, session_id: str) -> Applying | None:
+        """The applying that was begun for a session.
+
+        Raises:
+            HostError: what is known of it cannot be read.
+        """
+        path = self._begun_path(session_id)
+        try:
+            return msgspec.msgpack.decode(path.read_bytes(), type=Applying)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise HostError(f"sessions {self.root}: {path} is damaged: {error}") from error
+
+    def write_begun(self, session_id: str, begun: Applying | None) -> None:
+        """Remember an applying before it touches anything; None: it is over. Within ``changing``, by who has it alone."""
+        if begun is None:
+            self._begun_path(session_id).unlink(missing_ok=True)
+        else:
+            self._write(self._begun_path(session_id), msgspec.msgpack.encode(begun))
+
     def sweep(self) -> None:
         """Remove the files of sessions that never were, or are no more: of who was killed. Within ``changing``."""
-        for path in self.tmp.glob("*.json"):
-            path.unlink()
-        for path in self.sessions.glob("*.lock"):
-            if not self.exists(path.stem):
+        for path in self.tmp.iterdir():
+            if path.is_file():
+                path.unlink()
+        for path in self.sessions.iterdir():
+            if path.suffix in (".lock", ".begun") and not self.exists(path.stem):
                 path.unlink()
 
     def stamp(self) -> int:
@@ -137,3 +154,16 @@ class Shelf:
 
     def _path(self, session_id: str) -> Path:
         return self.sessions / f"{session_id}.json"
+
+    def _begun_path(self, session_id: str) -> Path:
+        return self.sessions / f"{session_id}.begun"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        new = self.tmp / path.name
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        new.rename(path)
+        locks.sync_directory(path.parent)

@@ -29,7 +29,7 @@ from agentrun.session import holds
 from agentrun.session.directory import find_workspace
 from agentrun.session.images import KeptImages
 from agentrun.session.layers import Layers, remove_all
-from agentrun.session.model import Session, layers_of, most_layers, next_name
+from agentrun.session.model import Applying, Session, layers_of, most_layers, next_name
 from agentrun.session.shelf import Shelf, default_root
 from agentrun.tomltext import show
 
@@ -177,10 +177,25 @@ class Sessions:
             self._shelf.write(session)
         return session
 
-    def mark_applied(self, session: Session) -> None:
-        """The directory has been made what the workspace is, within ``alone``: what changes from now on is somebody's doing."""
-        with self._shelf.changing(f"changing session {session.id}"):
-            self._shelf.write(replace(session, since=self._shelf.stamp()))
+    def begin_applying(self, session: Session, begun: Applying) -> None:
+        """Remember, within ``alone``, that from now on something may be left beside what is applied."""
+        with self._shelf.changing(f"applying session {session.id}"):
+            self._shelf.write_begun(session.id, begun)
+
+    def begun(self, session: Session) -> Applying | None:
+        """The applying that was begun, and perhaps not finished."""
+        return self._shelf.read_begun(session.id)
+
+    def end_applying(self, session: Session, *, complete: bool) -> None:
+        """Nothing is left beside what was applied.
+
+        Args:
+            complete: the directory is now what the workspace is: what changes in it from now on is somebody's doing.
+        """
+        with self._shelf.changing(f"applying session {session.id}"):
+            if complete:
+                self._shelf.write(replace(session, since=self._shelf.stamp()))
+            self._shelf.write_begun(session.id, None)
 
     def remove(self, session_id: str) -> None:
         """Remove a session; what others need of it stays, and the files of what nobody does until ``prune``.
@@ -200,6 +215,7 @@ class Sessions:
             self._images.keep_only({session.id for session in sessions})
             for session in sessions:
                 needed |= {*session.layers, session.upper, *(name for below in session.snapshots.values() for name in below)}
+                needed |= set(begun.layers if (begun := self._shelf.read_begun(session.id)) else ())
             gone = self._layers.take_out(needed)
             self._shelf.sweep()
             left = self._layers.left()
