@@ -73,7 +73,8 @@ BOTTOM = {
     "agentrun.burst.layout": set(),
     "agentrun.burst.link": set(),
     "agentrun.burst.table": {"agentrun.bpfmaps", "agentrun.burst.layout"},
-    "agentrun.burst.headroom": {"agentrun.cgroup", "agentrun.units"},
+    "agentrun.burst.account": {"agentrun.cgroup", "agentrun.units"},
+    "agentrun.burst.headroom": {"agentrun.burst.account", "agentrun.units"},
     "agentrun.egress": {"agentrun.errors", "agentrun.egress"},
 }
 

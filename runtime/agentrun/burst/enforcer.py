@@ -10,8 +10,8 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
 
+from agentrun.burst.account import usage_of
 from agentrun.burst.entry import Entry
-from agentrun.burst.headroom import usage_of
 from agentrun.burst.ladder import Rung, Step
 from agentrun.burst.table import ACTS, Orders, Table
 from agentrun.burst.watch import Watch

@@ -14,7 +14,7 @@ import trio
 
 from agentrun.burst.enforcer import Enforcer
 from agentrun.burst.entry import Entry
-from agentrun.burst.headroom import Funds, available, reclaimable, worth_it
+from agentrun.burst.headroom import Funds, available, worth_it
 from agentrun.burst.ladder import Mode, Rung, Situation, climb
 from agentrun.burst.notices import Notices
 from agentrun.burst.table import ACTS, Event, Table
@@ -254,8 +254,7 @@ class Governor:
         entry = self._entries.get(watch.leaf.id)
         if entry is None or entry.watch is not watch or entry.killed:
             return
-        whole = self._enforcer.usage(entry)
-        cache = reclaimable(watch.leaf.fd) if self._controller else 0
+        whole, cache = (watch.account.look(now) if self._controller else None) or (self._enforcer.usage(entry), 0)
         watch.usage = max(0, whole - cache)
         credit = watch.bucket.look(watch.usage, now)
         if self._controller and self._table is not None and entry.number:

@@ -6,12 +6,11 @@ line can always finish, whatever those behind it hold, and when it has, the next
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
-from agentrun.cgroup.files import read_file
-from agentrun.cgroup.stats import parse_number
+from agentrun.burst.account import Account
 from agentrun.units import MIB
 
 STEP = 16 * MIB
@@ -63,21 +62,19 @@ def host_free(meminfo: str = "/proc/meminfo") -> int:
     return available - max(RESERVE_LEAST, int(total * RESERVE_SHARE))
 
 
-class Budget(NamedTuple):
+class Budget:
     """A cgroup with a limit for all that is below it."""
 
-    fd: int
-    limit: int
+    def __init__(self, fd: int, limit: int) -> None:
+        self._account, self._limit = Account(fd), limit
 
-    def free(self, used: Callable[[], int]) -> int:
+    def free(self, used: Callable[[], int], now: float) -> int:
         """Bytes left: the controller's account of it, or where there is none the sum of what its calls use.
 
         Page cache does not count as used: the kernel drops it before it says no.
         """
-        current = parse_number(read_file(self.fd, "memory.current"))
-        if current is None:
-            return self.limit - used()
-        return self.limit - current + reclaimable(self.fd)
+        found = self._account.look(now)
+        return self._limit - used() if found is None else self._limit - found[0] + found[1]
 
 
 class Funds:
@@ -94,7 +91,7 @@ class Funds:
         free = self._look("host", now, host_free)
         for name in ("", tenant):
             if (budget := self.budgets.get(name)) is not None:
-                free = min(free, self._look(f"tenant {name}", now, partial(budget.free, partial(self._used, name))))
+                free = min(free, self._look(f"tenant {name}", now, partial(budget.free, partial(self._used, name), now)))
         return free
 
     def _look(self, what: str, now: float, look: Callable[[], int]) -> int:
@@ -102,19 +99,3 @@ class Funds:
         if now - looked > FRESH:
             self._seen[what] = now, free = now, look()
         return free
-
-
-def reclaimable(dirfd: int) -> int:
-    """Bytes of a cgroup's page cache, which the kernel drops or writes back: memory.stat's file, less tmpfs and locked pages."""
-    stat = _stat(dirfd)
-    return max(0, stat.get(b"file", 0) - stat.get(b"shmem", 0) - stat.get(b"unevictable", 0))
-
-
-def _stat(dirfd: int) -> Mapping[bytes, int]:
-    words = (read_file(dirfd, "memory.stat") or b"").split()
-    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
-
-
-def usage_of(dirfd: int) -> int | None:
-    """memory.current of a cgroup, bytes; None without a memory controller."""
-    return parse_number(read_file(dirfd, "memory.current"))

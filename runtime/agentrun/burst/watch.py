@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import NamedTuple
 
+from agentrun.burst.account import Account
 from agentrun.burst.headroom import Claim
 from agentrun.burst.ladder import Bucket, Mode, Rung
 from agentrun.cgroup.leaf import Leaf
@@ -22,6 +23,7 @@ class Watch:
     def __init__(self, leaf: Leaf, tenant: str, limits: Limits, priority: int, now: float) -> None:
         assert limits.memory_high is not None
         self.leaf, self.tenant, self.limits, self.priority = leaf, tenant, limits, priority
+        self.account = Account(leaf.fd)
         self.rung = Rung.WITHIN
         self.until: float | None = None
         self.bucket = Bucket(limits.memory_high, limits.memory_burst or 0, limits.burst_seconds or 0.0, now)
