@@ -140,7 +140,7 @@ class Daemon:
             async with open_plain_nursery() as nursery:
                 nursery.start_soon(self._watch, sock, rest, running, nursery.cancel_scope)
                 running.on_dispatched = functools.partial(_close_passed, fds, named.get("workspace", -1))
-                result = await self._executor.perform(resolved, stdio, running, begun=begun)
+                result = await self._executor.performer.perform(resolved, stdio, running, begun=begun)
                 nursery.cancel_scope.cancel()
         finally:
             stdio.close()

@@ -1,14 +1,8 @@
-"""The executor: turns, pools, zygotes and leaves behind one ``run``.
+"""The executor: what a program has that runs tool calls. Pools, zygotes and leaves are behind one ``run``.
 
-One call, one pass::
-
-    run      check and resolve the request (``resolver``); a place among the running calls, or in the bounded queue (``turns``)
-    lease    a warm slot of (tenant, shape) (``fleet``); a cold one is built and the result says so
-    leaf     the limits that differ from the shape's
-    call     one message into the slot; wait for its pidfd, its streams, the deadline (``call``)
-    end      kill what outlived the tool, read the leaf once, answer; the slot is taken down in the background
-
-Everything lives in one nursery: closing the executor ends every call and removes every cgroup.
+A call is two steps, the same two for those that come through the daemon's socket: ``resolver`` makes a request of what the caller
+says, and ``performer`` carries it out. Everything lives in one nursery: closing the executor ends every call and removes every
+cgroup.
 """
 
 from __future__ import annotations
@@ -22,19 +16,17 @@ from typing import Any
 import msgspec
 
 from agentrun.burst.control import Control
-from agentrun.call import Call, SlotDied
+from agentrun.call import Call
 from agentrun.cgroup.tree import Tree
-from agentrun.changes.keeping import Drafts, Keeping
-from agentrun.deadlines import Deadlines
-from agentrun.errors import HostError
 from agentrun.executorconfig import ExecutorConfig
 from agentrun.fleet import Fleet
 from agentrun.latency import Latency, Report
 from agentrun.nursery import open_plain_nursery
+from agentrun.performer import Performer
 from agentrun.policy import Policy
 from agentrun.policystore import PolicyStore
 from agentrun.pool import PoolStats
-from agentrun.request import Request, Text, check_tenant
+from agentrun.request import Text, check_tenant
 from agentrun.resolver import Resolver
 from agentrun.running import Running
 from agentrun.session.store import Sessions
@@ -68,14 +60,11 @@ class Executor:
         self.latency = latency
         self.tree = tree
         self.policies = PolicyStore()
-        self.deadlines = Deadlines()
-        self._fleet, self._denials, self._later = fleet, fleet.denials, fleet.chores.later
+        self._fleet, self._later = fleet, fleet.chores.later
         self._terms = TermsBook(tree, fleet)
         self.resolver = Resolver(self.policies, self._terms, fleet)
-        self._turns = Turns(config.max_running, config.max_queued)
-        self._calls: dict[str, Call] = {}
+        self.performer = Performer(Turns(config.max_running, config.max_queued), fleet, latency)
         self._kits = Kits()
-        self._drafts = Drafts()
         fleet.on_retired = self._forget
 
     async def run(
@@ -127,7 +116,7 @@ class Executor:
             )  # fmt: skip
             stdio = self._stdio(stdin, stdout, stderr, request.terms.owner)
             try:
-                return await self.perform(request, stdio, begun=begun)
+                return await self.performer.perform(request, stdio, begun=begun)
             finally:
                 self._later(stdio.close)
         finally:
@@ -150,7 +139,7 @@ class Executor:
             try:
                 async with open_plain_nursery() as nursery:
                     running = Running()
-                    await nursery.start(running.run, self.perform, request, stdio)
+                    await nursery.start(running.run, self.performer.perform, request, stdio)
                     try:
                         yield running
                     finally:
@@ -161,95 +150,6 @@ class Executor:
         finally:
             if directory >= 0:
                 os.close(directory)
-
-    async def perform(
-        self, request: Request, stdio: Stdio, running: Running | None = None, *, begun: float | None = None
-    ) -> Result:
-        """Carry out a resolved request; ``run`` and the daemon come together here. ``begun`` is when the call was made."""
-        started = begun if begun is not None else monotonic()
-        turns = self._turns
-        if turns.running < turns.most:
-            turns.running += 1
-        else:
-            await turns.wait()
-        try:
-            queued = monotonic()
-            self._denials.running = turns.running
-            if request.workspace_mode == "cow":
-                async with self._drafts.keep(request) as keeping:
-                    return await keeping.seal(await self._in_workspace(request, stdio, running, started, queued, keeping))
-            return await self._in_workspace(request, stdio, running, started, queued)
-        finally:
-            turns.leave()
-            self._denials.running = turns.running
-
-    async def _in_workspace(
-        self,
-        request: Request,
-        stdio: Stdio,
-        running: Running | None,
-        started: float,
-        queued: float,
-        keeping: Keeping | None = None,
-    ) -> Result:
-        mount_fd = -1 if request.workspace_fd < 0 else await self._mount(request, keeping)
-        try:
-            call = Call(request, stdio, mount_fd)
-            call.started, call.queued = started, queued
-            return await self._in_slot(call, running)
-        finally:
-            if mount_fd >= 0:
-                os.close(mount_fd)
-
-    async def _mount(self, request: Request, keeping: Keeping | None) -> int:
-        mount_fd = await self._fleet.mount_workspace(
-            request.workspace_fd, request.workspace_path, request.workspace_mode,
-            owner=request.terms.owner, caller=request.caller, kept=-1 if keeping is None else keeping.fd,
-        )  # fmt: skip
-        if keeping is not None:
-            await keeping.start()
-        return mount_fd
-
-    async def _in_slot(self, call: Call, running: Running | None) -> Result:
-        message, fds = call.pack()
-        terms = call.request.terms
-        pool = terms.pool
-        if pool.closed:  # while this call waited for its turn, nobody used it
-            pool = self._fleet.pool(call.request.tenant, terms.policy)
-        while True:
-            if call.request.session:
-                pool, slot, call.warm = await self._fleet.lease_session(call.request.session, call.request.tenant, terms.policy)
-            else:
-                slot, call.warm = await pool.lease()
-            call.leased = monotonic()
-            if not call.warm:
-                self.latency.cold(slot.leaf.id)
-            try:
-                if self._turns.closed:
-                    raise HostError("the executor is closing")
-                self._calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
-                if terms.files is not None:
-                    self._fleet.adjust(slot, terms.files)
-                self.memory.governor.begin(slot.leaf, terms.limits)
-                try:
-                    await call.dispatch(slot, message, fds)
-                except (BrokenPipeError, ConnectionResetError):
-                    continue  # it died while it waited, say by the tenant's memory limit: the next one
-                if running is not None:
-                    running.started(call)
-                try:
-                    result = await call.finish(self.deadlines, self._denials, self.memory.governor)
-                    if call.request.timings:
-                        result = msgspec.structs.replace(result, phases=self.latency.phases(slot.leaf.id))
-                    return result
-                except SlotDied:
-                    if running is not None:
-                        raise  # its descriptors are not ours any more
-            finally:
-                self._calls.pop(slot.id, None)
-                if call.request.session and not slot.leftovers():
-                    slot.held.pop()()  # nothing writes to it any more: no need to wait until init is gone as well
-                pool.release(slot)
 
     async def warm_up(
         self, policy: Policy | str = "default", tenant: str = "default", count: int = 1, *, image: str | None = None
@@ -268,7 +168,7 @@ class Executor:
 
     def calls(self) -> dict[str, Call]:
         """The calls that run now, by id."""
-        return dict(self._calls)
+        return dict(self.performer.calls)
 
     def owns(self, uid: int) -> bool:
         """Whether a host uid is a tool's of ours: then it is no caller."""
@@ -288,11 +188,12 @@ class Executor:
 
     def statistics(self) -> ExecutorStats:
         """The executor at this moment."""
+        turns = self.performer.turns
         return ExecutorStats(
-            running=self._turns.running,
-            queued=self._turns.waiting,
-            completed=self._turns.completed,
-            refused=self._turns.refused,
+            running=turns.running,
+            queued=turns.waiting,
+            completed=turns.completed,
+            refused=turns.refused,
             stuck=self._fleet.stuck,
             pools=self._fleet.statistics(),
             latency=self.latency.report(),
@@ -301,10 +202,7 @@ class Executor:
     async def aclose(self) -> None:
         """End every call, and refuse those that come; ``open_executor`` does it."""
         self.resolver.closed = True
-        self._turns.close()
-        for call in self._calls.values():
-            call.kill()
-        await self._turns.wait_none()
+        await self.performer.aclose()
         await self._fleet.aclose()
         self._kits.close()
 

@@ -52,7 +52,7 @@ async def open_executor(config: ExecutorConfig | None = None) -> AsyncIterator[E
                     nursery.start_soon(fleet.keep_house, name="agentrun housekeeping")
                     nursery.start_soon(fleet.denials.run, name="agentrun denials")
                     nursery.start_soon(fleet.chores.run, name="agentrun chores")
-                    nursery.start_soon(executor.deadlines.watch, name="agentrun deadlines")
+                    nursery.start_soon(executor.performer.deadlines.watch, name="agentrun deadlines")
                     try:
                         yield executor
                     finally:
