@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentrun.burst.headroom import STEP, Claim, available, worth_it
+from agentrun.burst.headroom import LEAST, STEP, Claim, available, worth_it
 from agentrun.burst.ladder import Bucket, Rung, Situation, climb
 from agentrun.policy import Limits
 
@@ -186,6 +186,6 @@ def test_whoever_is_first_can_finish(raw, free):
 def test_a_grant_begins_with_something_and_ends_later():
     one = claim()
     assert not worth_it(one, STEP - 1, granted=False)
-    assert worth_it(one, STEP - 1, granted=True)
-    assert not worth_it(one, 0, granted=True)
+    assert worth_it(one, LEAST, granted=True)
+    assert not worth_it(one, LEAST - 1, granted=True)
     assert worth_it(claim(usage=400 * MIB), 0, granted=False)

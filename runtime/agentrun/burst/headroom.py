@@ -15,6 +15,9 @@ from agentrun.units import MIB
 
 STEP = 16 * MIB
 """The least that is worth beginning a burst with."""
+LEAST = MIB
+"""What keeps one that has begun: whoever is first in line may be at its peak with hardly more than that left, and needs no more.
+When there is none the kernel brakes it, at its memory.high."""
 FRESH = 0.01
 """Seconds for which what is free is taken for granted: several calls are looked at together."""
 RESERVE_LEAST = 128 * MIB
@@ -44,8 +47,7 @@ def available(claim: Claim, others: Iterable[Claim], free: int) -> int:
 
 def worth_it(claim: Claim, more: int, *, granted: bool) -> bool:
     """Whether so many more bytes are a grant; less keeps one than begins one, or it would come and go with every page."""
-    wanted = claim.limit - claim.usage
-    return more >= min(wanted, STEP // 4 if granted else STEP)
+    return more >= min(claim.limit - claim.usage, LEAST if granted else STEP)
 
 
 def host_free(meminfo: str = "/proc/meminfo") -> int:
