@@ -43,6 +43,8 @@ class Container:
         self.stage = stage or STAGES.get(str(state.get("status")), "")
         self.fail = _choice(ours, "fail", ("open", "closed"))
         if not self.policy:
+            if "policy" in ours and self.fail != "open":  # a variable that was not set, say: whoever wrote it wanted one
+                raise HookError(f"{PREFIX}policy: it names none")
             return
         self.needs_daemon = _choice(ours, "daemon", ("required", "optional")) == "required"
         self.tenant: str | None = ours.get("tenant")

@@ -222,6 +222,14 @@ def test_a_pidfd_socket_may_be_relative(oci, tmp_path):
     os.close(fds[0])
 
 
+def test_of_a_variable_the_last_value_counts(oci):
+    """For where the program is looked for, and for the program."""
+    name = oci.running("sleep 1000")
+    assert "not found" in oci.call("exec", "--env", "PATH=/none", name, "id").stderr
+    out = oci.call("exec", "--env", "PATH=/bin:/usr/bin", "--env", "A=1", "--env", "A=2", name, "env", check=True).stdout
+    assert [line for line in out.splitlines() if line[:2] in ("PA", "A=")] == ["PATH=/bin:/usr/bin", "A=2"]
+
+
 # --------------------------------------------------------------------------------------------------- update
 
 

@@ -80,6 +80,8 @@ def test_annotations_that_look_like_ours_and_are_none():
         (b'{"annotations": {"a": 1}}', "not a map"),
         (state("odd", policy="test"), "status"),
         (state(policy="test", fail="maybe"), "open or closed"),
+        (state(policy=""), "it names none"),
+        (state(policy="", fail="open"), None),
         (state(policy="test", daemon="yes"), "required or optional"),
         (state(policy="test").replace(b"web.1", b"../x"), "id"),
         (state(policy="test").replace(b"web.1", b""), "id"),

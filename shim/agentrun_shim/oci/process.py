@@ -34,7 +34,9 @@ class Process:
         self.cwd: str = config.get("cwd") or ""
         if not self.cwd.startswith("/"):
             raise OciError(f"process.cwd: {self.cwd!r} is not an absolute path")
-        self.env: list[str] = [*(config.get("env") or ()), *(extra_env or ())]
+        # Of a variable that is there twice the last one counts: engines and `exec --env` append.
+        given = [*(config.get("env") or ()), *(extra_env or ())]
+        self.env: list[str] = list({item.partition("=")[0]: item for item in given}.values())
         user = config.get("user") or {}
         self.uid, self.gid = _id(user, "uid"), _id(user, "gid")
         self.groups: list[int] = list(user.get("additionalGids") or ())
