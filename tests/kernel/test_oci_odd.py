@@ -14,6 +14,7 @@ import pytest
 from agentrun_shim.oci import cgroup
 from agentrun_shim.oci.config import Linux
 from agentrun_shim.oci.errors import OciError
+from agentrun_shim.oci.verbs import _seconds
 from tests.oci_support import MARK, PATIENCE, RUNTIME, Oci, config, missing_requirement
 from tests.requirements import lacking
 
@@ -182,6 +183,7 @@ def test_plain_verbs_in_other_words(oci):
     (["--log-format", "wat", "state", "a"], "--log-format: 'wat' is none of text, json"),
     (["--log", "journald:x", "create", "a"], "a file is needed"), (["list", "--format", "wat"], "--format 'wat' is none of"),
     (["exec", "--additional-gids", "x", "NAME", "true"], "numbers are needed"),
+    (["events", "--interval", "1w", "NAME"], "is no duration"), (["events", "--interval", "nan", "NAME"], "is no duration"),
     (["--root", "/proc/nothing", "create", "a"], "--root /proc/nothing: no such file or directory"),
 ])  # fmt: skip
 def test_command_lines_that_are_wrong(oci, call, words):
@@ -228,6 +230,11 @@ def test_of_a_variable_the_last_value_counts(oci):
     assert "not found" in oci.call("exec", "--env", "PATH=/none", name, "id").stderr
     out = oci.call("exec", "--env", "PATH=/bin:/usr/bin", "--env", "A=1", "--env", "A=2", name, "env", check=True).stdout
     assert [line for line in out.splitlines() if line[:2] in ("PA", "A=")] == ["PATH=/bin:/usr/bin", "A=2"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("5s", 5), ("1m", 60), ("2", 2), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert _seconds(text) == seconds
 
 
 # --------------------------------------------------------------------------------------------------- update

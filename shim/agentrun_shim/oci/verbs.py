@@ -171,11 +171,7 @@ def events_(context: Context, options: Options) -> int:
     container = _open(context, options)
     path = _cgroup(container)
     container.must_run("running", "paused", "created")
-    interval = (options.get("interval") or "5s").removesuffix("s")
-    try:
-        pause = max(0.05, float(interval.removesuffix("m")) / (1000 if interval.endswith("m") else 1))
-    except ValueError:
-        raise OciError(f"events: --interval {interval!r} is no number of seconds") from None
+    pause = max(0.05, _seconds(options.get("interval") or "5s"))
     killed = leaves.flat(path, "memory.events").get("oom_kill", 0)
     while True:
         print(dumps({"type": "stats", "id": container.name, "data": stats(container, path)}), flush=True)
@@ -188,6 +184,18 @@ def events_(context: Context, options: Options) -> int:
             killed = now
         if not container.alive():
             return 0
+
+
+def _seconds(text: str) -> float:
+    """A duration as Go writes it, of one unit: 500ms, 5s, 1m; a bare number is of seconds."""
+    number = text.rstrip("hms")
+    unit = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}.get(text[len(number) :])
+    try:
+        if unit is None or not 0 < float(number) < 1e9:
+            raise ValueError
+    except ValueError:
+        raise OciError(f"events: --interval {text!r} is no duration (such as 500ms, 5s, 1m)") from None
+    return float(number) * unit
 
 
 def stats(container: Container, path: str) -> dict[str, Any]:
