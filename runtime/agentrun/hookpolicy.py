@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 
 from agentrun.cgroup.limits import plan_limits
-from agentrun.errors import AgentrunError
+from agentrun.errors import AgentrunError, UsageError
 from agentrun.hints import apply_hint
 from agentrun.policy import DEFAULT, Limits, Policy
-from agentrun.policystore import PolicyStore, directories
+from agentrun.policystore import PolicyStore, directories, is_path
 from agentrun_shim.hook_cgroup import HARMLESS, Merged
 
 VERSION = 1
@@ -143,6 +143,8 @@ def main(words: Sequence[str]) -> int:
     """For the hook: a policy, with a hint laid over it, as JSON."""
     cache, name, *hint = words
     try:
+        if is_path(name) and not name.startswith("/"):  # as the daemon says: relative to what?
+            raise UsageError(f"policy: {name} is a relative path; give the whole path, or a name")
         policy = PolicyStore(directories({})).find(name)
         if hint:
             policy, _ = apply_hint(policy, hint[0], None)

@@ -9,7 +9,7 @@ import sys
 import msgspec
 import pytest
 
-from agentrun.hookpolicy import container_files, governed, insisted, is_open
+from agentrun.hookpolicy import container_files, governed, insisted, is_open, main
 from agentrun.policy import DEFAULT, Limits, Policy
 from agentrun_shim import hook
 from agentrun_shim.hook_cgroup import Merged, cgroup_of, read_files, write_files
@@ -256,3 +256,12 @@ def test_it_imports_next_to_nothing(tmp_path):
     imported = {line.rpartition(b"|")[2].strip().decode() for line in done.stderr.splitlines()}
     assert "agentrun_shim.hook_cgroup" in imported
     assert not imported & {"re", "json", "socket", "typing", "enum", "msgspec", "subprocess", "pathlib", "site"}
+
+
+def test_the_loader_takes_no_relative_path(tmp_path, monkeypatch, capsys):
+    """Its directory is the engine's; the daemon says the same."""
+    (tmp_path / "mine.toml").write_text('name = "mine"\ndescription = "For me."\nmemory.max = "64M"\n')
+    monkeypatch.chdir(tmp_path)
+    for name, found in (("mine.toml", "error"), ("./mine.toml", "error"), (str(tmp_path / "mine.toml"), "files")):
+        assert main(["", name]) == 0
+        assert found in json.loads(capsys.readouterr().out), name
