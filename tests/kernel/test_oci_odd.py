@@ -14,6 +14,7 @@ import pytest
 from agentrun_shim.oci import cgroup
 from agentrun_shim.oci.config import Linux
 from agentrun_shim.oci.errors import OciError
+from agentrun_shim.oci.state import Container
 from agentrun_shim.oci.verbs import _seconds
 from tests.oci_support import MARK, PATIENCE, RUNTIME, Oci, config, missing_requirement
 from tests.requirements import lacking
@@ -62,6 +63,34 @@ def test_a_cgroup_that_others_are_in_is_not_taken(oci):
     assert not path.exists()
 
 
+def test_a_cgroups_path_of_two_lines_is_not_a_line_of_the_record(oci):
+    """Whoever cleans up would end what the second one names."""
+    path = Path(cgroup.find_mount()[0]) / f"{MARK}-victim"
+    path.mkdir()
+    other = subprocess.Popen(["sleep", "1000"])
+    try:
+        (path / "cgroup.procs").write_text(str(other.pid))
+        for given in (f"/x\ncgroup {path}", f"/{path.name}\nx"):
+            assert "line break" in oci.refused(linux={"cgroupsPath": given})
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+        path.rmdir()
+
+
+def test_a_record_has_no_line_that_was_not_meant(tmp_path):
+    """Of the names in it the program's is the image's to choose: it could name a cgroup to freeze, a unit to stop."""
+    container = Container(str(tmp_path), "x", new=True)
+    container.save(cgroup="/own", exec="sh\rcgroup /another\x85scope a.service\u2028pid 1\x0bstarted 1")
+    container.load()
+    assert container.record.keys() == {"cgroup", "exec"}
+    assert container.record["cgroup"] == "/own"
+    with pytest.raises(OciError, match="line break"):
+        container.save(scope="a\ncgroup /another")
+    container.close()
+
+
 @pytest.mark.parametrize("key", ["hostname", "domainname"])
 def test_the_hosts_name_stays(key):
     """Looked at, not tried, for the same reason."""
@@ -72,6 +101,7 @@ def test_the_hosts_name_stays(key):
 
 @pytest.mark.parametrize("name", [".hidden", "-x", "..", "a" * 256])
 def test_names_that_are_ours_or_look_like_flags(oci, name):
+    oci.write(config("true"))
     done = oci.call("create", "--bundle", str(oci.bundle), "--", name)
     assert (done.returncode, "invalid container id" in done.stderr) == (1, True), done.stderr
 

@@ -62,6 +62,8 @@ def place(path: str, name: str, *, rootless: bool) -> str:
     parts = [part for part in (path or f"oci-agentrun-{name}").split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         raise OciError(f"linux.cgroupsPath: {path!r} {'has .. in it' if parts else 'names no cgroup of its own'}")
+    if "\n" in path:  # nor does the kernel take one
+        raise OciError(f"linux.cgroupsPath: {path!r} has a line break in it")
     base = mount[0]
     if rootless and not path.startswith("/"):
         base += own_cgroup().rstrip("/")

@@ -6,7 +6,8 @@ config.json  as it was when the container was made
 filter       its seccomp program, for exec
 about        its plan in words, a line for each operation: which one failed, for ``start``
 start        the socket of a container that waits for ``start``
-leaves       cgroups of execs, a line each
+execs        what execs have used whose leaves are gone
+notify/      the socket by which it says that it is ready
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Container:
             text = self.read("record").decode("utf-8", "surrogateescape")
         except FileNotFoundError:
             text = ""
-        self.record = dict([line.partition(" ")[::2] for line in text.splitlines()])
+        # Not splitlines(), to which \r and others end a line as well: a program's name, which is in it, may have those.
+        self.record = dict([line.partition(" ")[::2] for line in text.split("\n") if line])
 
     def save(self, **changes: object) -> None:
         """Change the record; a value of None removes the key."""
@@ -90,6 +92,9 @@ class Container:
                 self.record.pop(key, None)
             else:
                 self.record[key] = str(value)
+        for key, text in self.record.items():
+            if "\n" in text:  # the rest would be a line of its own, and name something else that `delete` ends
+                raise OciError(f"{key}: {text!r} has a line break in it")
         self.write(
             "record", "".join([f"{key} {value}\n" for key, value in self.record.items()]).encode("utf-8", "surrogateescape")
         )
