@@ -14,6 +14,7 @@ import pytest
 from agentrun_shim.oci import cgroup
 from agentrun_shim.oci.config import Linux
 from agentrun_shim.oci.errors import OciError
+from agentrun_shim.oci.later import _remove
 from agentrun_shim.oci.state import Container
 from agentrun_shim.oci.verbs import _seconds
 from tests.oci_support import MARK, PATIENCE, RUNTIME, Oci, config, missing_requirement
@@ -265,6 +266,21 @@ def test_of_a_variable_the_last_value_counts(oci):
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("5s", 5), ("1m", 60), ("2", 2), ("1.5h", 5400)])
 def test_durations(text, seconds):
     assert _seconds(text) == seconds
+
+
+def test_the_directory_of_readiness_messages_is_no_place_of_the_containers(oci, tmp_path):
+    """It is the host's: nothing is put there by a container, and what is there nevertheless is removed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        script = "touch /run/notify/x; ln -s / /run/notify/l; exit 5"
+        done = oci.run(config(script), env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    assert (done.returncode, done.stderr.count("Read-only file system")) == (5, 2), done
+    directory = tmp_path / "container"
+    (directory / "notify").mkdir(parents=True)
+    (directory / "record").touch()
+    (directory / "notify" / "link").symlink_to("/")
+    _remove(str(directory))
+    assert not directory.exists()
 
 
 # --------------------------------------------------------------------------------------------------- update

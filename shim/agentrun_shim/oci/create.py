@@ -92,7 +92,7 @@ def create(context: Context, options: Options, name: str, *, relays: list[Relay]
                 "destination": later.INSIDE,
                 "type": "bind",
                 "source": f"{container.path}/{later.DIRECTORY}",
-                "options": ["bind"],
+                "options": ["bind", "ro", "nosuid", "nodev", "noexec"],  # to a socket one may write all the same
             }
             config["mounts"] = [*(config.get("mounts") or ()), bound]
         plan = container_plan(

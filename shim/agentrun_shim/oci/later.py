@@ -55,7 +55,8 @@ def _remove(path: str) -> None:
         for name in sorted(files, key=lambda name: name == "record"):
             os.unlink(f"{directory}/{name}")
         for name in below:
-            os.rmdir(f"{directory}/{name}")
+            entry = f"{directory}/{name}"
+            (os.unlink if os.path.islink(entry) else os.rmdir)(entry)
     os.rmdir(path)
 
 
