@@ -15,6 +15,7 @@ import msgspec
 
 from agentrun.errors import HostError, UsageError
 from agentrun_shim.data import data_path
+from agentrun_shim.hook_static import DEFAULT_CACHE
 
 ENGINES = {"podman": "podman", "docker": "dockerd", "containerd": "containerd", "cri-o": "crio", "kubernetes": "kubelet"}
 """Name → the program by which it is found."""
@@ -79,14 +80,17 @@ def plan(engines: Iterable[str], paths: Paths, root: Path) -> tuple[list[Change]
 
 def plan_removal(root: Path) -> list[Change]:
     """What there is of ours below ``root``, of all engines."""
-    gone = [path for path in (*_OWN, _CONTAINERD) if (root / path.lstrip("/")).exists()]
+    gone = [path for path in (*_OWN, _CONTAINERD, DEFAULT_CACHE) if (root / path.lstrip("/")).exists()]
+    main = root / _CONTAINERD_MAIN.lstrip("/")
+    if main.exists() and main.read_text() in {_containerd_main(version) for version in _CONFIG_VERSIONS.values()}:
+        gone.append(_CONTAINERD_MAIN)  # there was none, and nobody has written anything into it
     changes = [Change(path=path, text=None, what="agentrun's own") for path in gone]
     document = _read_docker(root)
     runtimes = document.get("runtimes")
     if isinstance(runtimes, dict) and runtimes.pop("agentrun", None) is not None:
         if not runtimes:
             del document["runtimes"]
-        changes.append(Change(path=_DOCKER, text=_dump(document), what="docker, without agentrun"))
+        changes.append(Change(path=_DOCKER, text=_dump(document) if document else None, what="docker, without agentrun"))
     return changes
 
 
@@ -122,6 +126,9 @@ def carry_out(changes: Iterable[Change], root: Path) -> list[str]:
 _PODMAN = "/etc/containers/containers.conf.d/agentrun.conf"
 _DOCKER = "/etc/docker/daemon.json"
 _CONTAINERD = "/etc/containerd/conf.d/agentrun.toml"
+_CONTAINERD_MAIN = "/etc/containerd/config.toml"
+_CONFIG_VERSIONS = {False: 2, True: 3}
+"""Of containerd's configuration: is it containerd 2?"""
 _CRIO = "/etc/crio/crio.conf.d/10-agentrun.conf"
 _OWN = (_PODMAN, *_HOOKS.values(), _CRIO)
 
@@ -169,15 +176,19 @@ def _read_docker(root: Path) -> dict[str, object]:
 def _containerd(paths: Paths, root: Path, notes: list[str]) -> list[Change]:
     text = shipped(f"containerd/agentrun-{'1' if paths.containerd < 2 else '2'}.toml").replace(_RUNTIME, paths.runtime)
     text = text.replace("SystemdCgroup = true", f"SystemdCgroup = {'true' if paths.systemd else 'false'}")
-    main = root / "etc/containerd/config.toml"
+    main = root / _CONTAINERD_MAIN.lstrip("/")
     changes = [Change(path=_CONTAINERD, text=text, what=f"containerd {paths.containerd}.x: runtime handler agentrun")]
     if not main.exists():
-        head = f'version = {2 if paths.containerd < 2 else 3}\nimports = ["{_IMPORT}"]\n'
-        changes.append(Change(path="/etc/containerd/config.toml", text=head, what="containerd: import of conf.d"))
+        head = _containerd_main(_CONFIG_VERSIONS[paths.containerd >= 2])
+        changes.append(Change(path=_CONTAINERD_MAIN, text=head, what="containerd: import of conf.d"))
     elif _IMPORT not in main.read_text():
         notes.append(f'containerd: /etc/containerd/config.toml does not import it; add: imports = ["{_IMPORT}"]')
     notes.append("containerd: systemctl restart containerd; ctr takes --runc-binary instead")
     return changes
+
+
+def _containerd_main(version: int) -> str:
+    return f'version = {version}\nimports = ["{_IMPORT}"]\n'
 
 
 def _crio(paths: Paths, _root: Path, notes: list[str]) -> list[Change]:

@@ -80,8 +80,18 @@ def test_everything_is_written_and_nothing_twice(filled):
 def test_it_is_taken_back_whole(filled, root):
     shutil.copytree(filled, root, dirs_exist_ok=True)
     setup("--remove", "--root", str(root))
-    assert set(files(root)) == {"etc/docker/daemon.json", "etc/containerd/config.toml", "var/lib/agentrun/hook-policies.json"}
-    assert json.loads((root / "etc/docker/daemon.json").read_text()) == {}
+    assert files(root) == {}
+
+
+def test_what_others_wrote_into_our_files_stays(filled, root):
+    shutil.copytree(filled, root, dirs_exist_ok=True)
+    main, docker = root / "etc/containerd/config.toml", root / "etc/docker/daemon.json"
+    main.write_text(main.read_text() + 'root = "/srv/containerd"\n')
+    docker.write_text(json.dumps(json.loads(docker.read_text()) | {"debug": True}))
+    text = main.read_text()
+    setup("--remove", "--root", str(root))
+    assert set(files(root)) == {"etc/docker/daemon.json", "etc/containerd/config.toml"}
+    assert (main.read_text(), json.loads(docker.read_text())) == (text, {"debug": True})
 
 
 def test_what_docker_was_told_already_stays(root):
