@@ -458,10 +458,30 @@ def systemd() -> Any:
         found["updated"] = [inside.must(*show, "MemoryMax"), (scope / "memory.max").read_text().strip()]
         inside.must(OURS, "delete", "--force", "t1")
         found["left"] = [inside.must(*show, "ActiveState"), [str(path) for path in CGROUPS.rglob("oci-t1.scope")]]
+        found["podman"] = podman_by_systemd(inside)
         return found
     finally:
         manager.kill()
         manager.wait()
+
+
+def podman_by_systemd(inside: Tool) -> Any:
+    """podman's own default. (crun asks systemd by the bus, which is not there: nothing to compare with.)"""
+    p = Podman(OURS)
+    p.front = [*inside.front, *["systemd" if word == "cgroupfs" else word for word in p.front]]
+    limits = ("--memory", "64m", "--cpus", "0.5", "--pids-limit", "30")
+    found: list[Any] = [p.shell("cd /sys/fs/cgroup; cat memory.max pids.max cpu.max", *limits).split("\n")]
+    where = p.shell("cat /proc/self/cgroup", "--cgroupns", "host", "--cgroup-parent", "my.slice")
+    found.append(re.sub("[0-9a-f]{64}", "ID", where))
+    codes = [p.run(*argv).returncode for argv in (["sh", "-c", "exit 3"], ["no-such-program"])]
+    name = p.start("s", "sleep 1000")
+    codes.append(p("exec", "s", "sh", "-c", "exit 5").returncode)
+    p.must("update", "--memory", "32m", "s")
+    inside.must("systemctl", "daemon-reload")
+    found += [codes, [path.read_text().strip() for path in CGROUPS.rglob(f"libpod-{name}.scope/memory.max")]]
+    p.must("rm", "-f", "--time", "0", "s")
+    found.append([str(path) for path in CGROUPS.rglob(f"libpod-{name}.scope")])
+    return found
 
 
 def jobs() -> list[str]:

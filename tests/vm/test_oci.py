@@ -99,6 +99,13 @@ def test_systemd(guests: dict[str, Guest], kernel: str) -> None:
         "unit": ["active", "yes", str(64 << 20), "30", "500ms"],
         "updated": [str(32 << 20), str(32 << 20)],
         "left": ["inactive", []],
+        "podman": [
+            [str(64 << 20), "30", "50000 100000"],
+            "0::/my.slice/libpod-ID.scope/init",
+            [3, 127, 5],
+            [str(32 << 20)],
+            [],
+        ],
     }
 
 
