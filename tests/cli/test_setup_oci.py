@@ -181,7 +181,8 @@ def test_shipped_files_are_what_they_say(name):
         assert handler == {"runtime_path": "/usr/bin/agentrun-oci", "runtime_type": "oci", "runtime_root": "/run/agentrun-oci"}
     else:
         assert {"agentrun", "agentrun-oci", "crun", "runc"} <= set(document["engine"]["runtime_supports_json"])
-        assert {"agentrun", "agentrun-oci", "crun"} <= set(document["engine"]["runtime_supports_nocgroups"])
+        for key in ("runtime_supports_nocgroup", "runtime_supports_nocgroups"):
+            assert {"agentrun", "agentrun-oci", "crun"} <= set(document["engine"][key])
         assert document["engine"]["runtimes"]["agentrun"] == ["/usr/bin/agentrun-oci"]
 
 

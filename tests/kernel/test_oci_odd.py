@@ -15,8 +15,9 @@ from agentrun_shim.oci import cgroup
 from agentrun_shim.oci.config import Linux
 from agentrun_shim.oci.errors import OciError
 from agentrun_shim.oci.later import _remove
+from agentrun_shim.oci.options import Options
 from agentrun_shim.oci.state import Container
-from agentrun_shim.oci.verbs import _seconds
+from agentrun_shim.oci.verbs import _bytes, _seconds
 from tests.oci_support import MARK, PATIENCE, RUNTIME, Oci, config, missing_requirement
 from tests.requirements import lacking
 
@@ -261,6 +262,20 @@ def test_of_a_variable_the_last_value_counts(oci):
     assert "not found" in oci.call("exec", "--env", "PATH=/none", name, "id").stderr
     out = oci.call("exec", "--env", "PATH=/bin:/usr/bin", "--env", "A=1", "--env", "A=2", name, "env", check=True).stdout
     assert [line for line in out.splitlines() if line[:2] in ("PA", "A=")] == ["PATH=/bin:/usr/bin", "A=2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64m", 64 << 20), ("1.5g", 3 << 29), ("67108864", 64 << 20), ("-1", -1), ("2KB", 2048), ("64x", None), ("m", None),
+     ("64mk", None), ("", None)],
+)  # fmt: skip
+def test_sizes(text, size):
+    options = Options({"memory": text}, {}, "update", [])
+    if size is not None:
+        assert _bytes(options, "memory") == size
+        return
+    with pytest.raises(OciError, match="is not a"):
+        _bytes(options, "memory")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("5s", 5), ("1m", 60), ("2", 2), ("1.5h", 5400)])

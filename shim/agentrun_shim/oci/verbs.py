@@ -65,6 +65,9 @@ _FLAGS = (
 )  # fmt: skip
 
 
+_UNITS = ("k", "m", "g", "t", "kb", "mb", "gb", "tb")
+
+
 def update_(context: Context, options: Options) -> int:
     """Change limits; what is not named stays as it is."""
     container = _open(context, options)
@@ -82,7 +85,7 @@ def update_(context: Context, options: Options) -> int:
     wanted = {table: values for table, values in wanted.items() if values is not None}
     for flag, table, key in _FLAGS:
         if flag in options:
-            wanted.setdefault(table, {})[key] = options.number(flag)
+            wanted.setdefault(table, {})[key] = _bytes(options, flag) if table == "memory" else options.number(flag)
     for flag, key in (("cpuset-cpus", "cpus"), ("cpuset-mems", "mems")):
         if flag in options:
             wanted.setdefault("cpu", {})[key] = options.get(flag)
@@ -107,6 +110,17 @@ def update_(context: Context, options: Options) -> int:
         kept[table] = {**(kept.get(table) or {}), **values} if isinstance(values, dict) else values
     container.write("config.json", dumps(config).encode())
     return 0
+
+
+def _bytes(options: Options, flag: str) -> int:
+    """A size: bytes, or as runc takes it with a unit of 1024 (64m, 1.5g)."""
+    text = (options.get(flag) or "").lower()
+    number = text.rstrip("kmgtb")
+    power = ("", "k", "m", "g", "t").index(text[len(number) :].removesuffix("b")) if text[len(number) :] in _UNITS else 0
+    try:
+        return int(float(number) * 1024**power) if power else options.number(flag)
+    except ValueError:
+        raise OciError(f"--{flag}: {text!r} is not a size") from None
 
 
 def _other_program(before: list[dict[str, Any]], rules: list[dict[str, Any]]) -> bytes | None:
