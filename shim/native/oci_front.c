@@ -214,9 +214,19 @@ static bool sound_id(const char *id) {
     return n > 0 && n < 256 && *id != '.' && *id != '-';
 }
 
+// Who calls us with a stream closed would have the next thing that is opened in its place, and the container would inherit that:
+// something of the host's.
+static void streams_open(void) {
+    long fd;
+    do fd = sys_openat(AT_FDCWD, "/dev/null", O_RDWR, 0);
+    while (fd >= 0 && fd <= 2);
+    if (fd > 2) sys_close((int)fd);
+}
+
 int program(int argc, char **argv, char **envp) {
     struct front f = {.root = default_root, .argv = argv, .envp = envp};
     if (argc == 5 && str_eq(argv[0], "agentrun-oci: container")) return container_main(argc, argv);
+    streams_open();
     find_root(envp);
     char **arg = argv + 1;
     const char *value, *operands[3] = {NULL};

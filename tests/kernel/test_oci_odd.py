@@ -298,6 +298,26 @@ def test_the_directory_of_readiness_messages_is_no_place_of_the_containers(oci, 
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "<&-", "2>&-"])
+def test_a_caller_without_streams(oci, closed):
+    """The container has /dev/null for those, and nothing that the runtime opened in their place."""
+    found = oci.bundle / "rootfs" / "work" / "streams"
+    for verb in ("run", "exec"):
+        script = "for n in 0 1 2; do readlink /proc/self/fd/$n; done > /work/streams; exit 5"
+        oci.write(config(script, root={"readonly": False}))
+        found.unlink(missing_ok=True)
+        words = ["run", "--bundle", str(oci.bundle), oci.id()]
+        if verb == "exec":
+            words = ["exec", oci.running("sleep 1000", root={"readonly": False}), "sh", "-c", script]
+        argv = ["sh", "-c", f'exec "$@" {closed}', "sh", RUNTIME, "--root", str(oci.root), *words]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 5, (verb, done)
+        streams = found.read_text().splitlines()
+        assert len(streams) == 3, (verb, streams)
+        assert streams[0] == "/dev/null", (verb, streams)
+        assert "2" not in closed or streams[2] == "/dev/null", (verb, streams)
+
+
 # --------------------------------------------------------------------------------------------------- update
 
 
