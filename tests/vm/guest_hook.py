@@ -362,12 +362,15 @@ def what_is_below_a_container_counts_too(lab: Lab) -> str:
     return f"{'' if over is None else f'+{over / MIB:.2f} MB, '}{lab.rungs('delegated')}"
 
 
-def podman(lab: Lab, runtime: str, *words: str) -> subprocess.CompletedProcess[str]:
+POLICY = ("--annotation", "io.agentrun.policy=hook-kill")
+
+
+def podman(lab: Lab, runtime: str, *words: str, flags: Sequence[str] = POLICY) -> subprocess.CompletedProcess[str]:
     """`podman run` of something, with nothing but its configuration to tell it of us."""
     argv = [
         "podman", "--root", str(lab.directory / "storage"), "--runroot", str(lab.directory / "run"), "--storage-driver", "vfs",
         "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", runtime, "run", "--rm", "--network", "none",
-        "--log-driver", "none", "--annotation", "io.agentrun.policy=hook-kill", "--rootfs", str(lab.rootfs), *words,
+        "--log-driver", "none", *flags, "--rootfs", str(lab.rootfs), *words,
     ]  # fmt: skip
     return subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
 
@@ -388,6 +391,8 @@ def podman_knows_the_runtime_by_its_name(lab: Lab) -> str:
     """By the drop-in, which also makes podman ask it for JSON, or 127 would be 125; and the hook is run by it as by others."""
     done = podman(lab, "agentrun-oci", "/bin/no-such")
     assert done.returncode == 127, done
+    alone = podman(lab, "agentrun-oci", "/bin/busybox", "true", flags=["--cgroups", "disabled"])
+    assert alone.returncode == 0, alone
     return f"{podman_runs_the_hook_by_annotation(lab, 'agentrun-oci')} | {done.stderr.strip()}"
 
 
