@@ -99,6 +99,19 @@ def test_the_hosts_name_stays(key):
     with pytest.raises(OciError, match=f"{key}: it would be the host's"):
         Linux({"linux": HOST_UTS, key: "x"})
     Linux({"linux": HOST_UTS, key: ""})
+    joined = {"namespaces": [*HOST_UTS["namespaces"], {"type": "uts", "path": f"/proc/{os.getpid()}/ns/uts"}]}
+    with pytest.raises(OciError, match=f"{key}: it would be the host's"):
+        Linux({"linux": joined, key: "x"})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("network", "net.ipv4.ip_forward"), ("ipc", "kernel.shmmni")])
+def test_the_hosts_parameters_stay(kind, name):
+    """By its path a namespace of the host's is still the host's."""
+    file = {"network": "net"}.get(kind, kind)
+    own, new = {"type": kind, "path": f"/proc/self/ns/{file}"}, {"type": kind}
+    with pytest.raises(OciError, match="is the host's"):
+        Linux({"linux": {"namespaces": [{"type": "mount"}, own], "sysctl": {name: "1"}}}).sysctls()
+    assert Linux({"linux": {"namespaces": [{"type": "mount"}, new], "sysctl": {name: "1"}}}).sysctls()
 
 
 @pytest.mark.parametrize("name", [".hidden", "-x", "..", "a" * 256])

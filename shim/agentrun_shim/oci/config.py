@@ -66,8 +66,8 @@ class Linux:
                 self.new[kind] = True
         if "mount" not in self.new:
             raise OciError("linux.namespaces: a mount namespace of the container's own is needed (type mount, without a path)")
-        self.own = {*self.new, *dict(self.joined)}
-        """Kinds of namespaces that are not simply the host's."""
+        self.own = {*self.new, *[kind for kind, path in self.joined if not _is_ours(kind, path)]}
+        """Kinds of namespaces that are not simply the host's, whether nothing is said of them or their path is given."""
         for key in ("hostname", "domainname"):
             if config.get(key) and "uts" not in self.own:
                 raise OciError(f"{key}: it would be the host's: the container has no uts namespace")
@@ -141,6 +141,16 @@ class Linux:
 
 _IPC = ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced", "auto_msgmni", "sem_next_id",
         "msg_next_id", "shm_next_id")  # fmt: skip
+
+
+def _is_ours(kind: str, path: str) -> bool:
+    """A path to the very namespace that we are in, where that is what would be changed."""
+    if kind not in ("network", "ipc", "uts"):
+        return False
+    try:
+        return os.path.samefile(path, f"/proc/self/ns/{'net' if kind == 'network' else kind}")
+    except OSError:
+        return False  # the helper says what is wrong with it
 
 
 def absolute(path: str, base: str) -> str:
