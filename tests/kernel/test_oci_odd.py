@@ -147,6 +147,7 @@ def test_names_that_are_ours_or_look_like_flags(oci, name):
     ({"hooks": {"poststop": {"path": "/bin/true"}}}, "hooks.poststop: {'path': '/bin/true'} is not a list"),
     ({"hostname": 5}, "hostname: 5 is not a string"),
     ({"annotations": {"a": 1}}, "annotations.a: 1 is not a string"),
+    ({"process": {"args": ["true", "half \ud800"]}}, "'half \\ud800' cannot be written as UTF-8"),
     ({"process": {"selinuxLabel": "system_u:system_r:x_t:s0"}}, "this kernel has no SELinux"),
 ])  # fmt: skip
 def test_a_value_of_another_type(oci, changes, words):

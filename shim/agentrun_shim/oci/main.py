@@ -43,6 +43,8 @@ def _run(default_root: str, internal: str, arguments: list[str]) -> int:
         log.error(str(error))
     except OSError as error:
         log.error(f"{error.filename + ': ' if isinstance(error.filename, str) else ''}{strerror(error)}")
+    except UnicodeEncodeError as error:  # JSON may have half a character: "\ud800"
+        log.error(f"{error.object!r:.60} cannot be written as UTF-8")
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 -- an engine reads one line of JSON, not a traceback
