@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
@@ -209,7 +208,9 @@ class Scheduling:
     def set_terms(self, young: float, max_wait: float, slice_: float) -> None:
         """Seconds of processor time below which a call goes first, seconds that long ones wait at most, seconds of a slice."""
         if self._maps is not None:
-            struct.pack_into("<QQQ", self._maps.terms.view, 0, *(round(value * 1e9) for value in (young, max_wait, slice_)))
+            # One store each: with all of them 0 for a moment every call would be a long one, and have slices of nothing.
+            for name, value in (("young_ns", young), ("max_wait_ns", max_wait), ("slice_ns", slice_)):
+                self._maps.terms.quads[_TERMS.fields[name].offset // 8] = round(value * 1e9)
 
     def status(self) -> SchedStatus:
         """The scheduler now."""

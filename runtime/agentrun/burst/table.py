@@ -12,10 +12,7 @@ from agentrun.burst.layout import constants, layouts
 
 _C = constants()
 _LEAF, _EVENT, _SETTINGS = layouts()["leaf"], layouts()["event"], layouts()["settings"]
-_ORDERS = _LEAF.part("steady", "level")
-_ACTIONS = _LEAF.part("on_exhausted", "looked")
 _STATE = _LEAF.part("pages", "kills")
-_ACCOUNT = _LEAF.part("usage", "kills")
 _EVENT_STRUCT = _EVENT.part("ns", "comm")
 ACTS = {"notify": _C["ACT_NOTIFY"], "stop": _C["ACT_STOP"], "throttle": _C["ACT_NOTIFY"], "kill": _C["ACT_KILL"]}
 """What the programs do by themselves when a burst is used up; the rest is the governor's."""
@@ -83,10 +80,12 @@ class Table:
         self._counters = Memory(maps["counters"], layouts()["counters"].size, 1)
         self.ring = Ring(maps["events"], _C["RING_SIZE"])
         self._level = level
+        self._levels = [level]
+        """As the programs were told them, in that order."""
         self._others: dict[int, int] = {}
         """Level by number, of what is elsewhere in the tree."""
         self._used: set[int] = set()
-        self._last = self._generation = 0
+        self._last = self._generation = self._episode = 0
         struct.pack_into("@II4I", self._settings.view, 0, 0, 1, level, 0, 0, 0)
 
     def add(self, identity: int, level: int | None = None) -> int:
@@ -107,7 +106,8 @@ class Table:
                 break
         at = number * _LEAF.size
         self._leaves.view[at : at + _LEAF.size] = bytes(_LEAF.size)
-        struct.pack_into("@Q", self._leaves.view, at, identity)
+        self._put(number, "id", identity)
+        self._new_episode(number)
         self._slots.update(identity.to_bytes(8, "little"), number.to_bytes(4, "little"))
         self._used.add(number)
         self._last = number
@@ -127,9 +127,15 @@ class Table:
         self._changed()
 
     def _tell_levels(self) -> None:
-        levels = [self._level, *sorted({*self._others.values()} - {self._level})]
-        struct.pack_into(f"@{len(levels)}I", self._settings.view, _SETTINGS.fields["level"].offset, *levels)
-        self._settings.words[_SETTINGS.fields["levels"].offset // 4] = len(levels)
+        # Each is somewhere in the list all the time, or what its leaves are given meanwhile is nobody's: new ones come to the
+        # end, those behind a gap move forward in their order, and how many there are is said last.
+        wanted = {self._level, *self._others.values()}
+        self._levels = [level for level in self._levels if level in wanted]
+        self._levels += sorted(wanted - {*self._levels})
+        first = _SETTINGS.fields["level"].offset // 4
+        for place, level in enumerate(self._levels):
+            self._settings.words[first + place] = level
+        self._settings.words[_SETTINGS.fields["levels"].offset // 4] = len(self._levels)
 
     def _changed(self) -> None:
         self._generation = (self._generation + 1) & 0xFFFFFFFF
@@ -144,22 +150,34 @@ class Table:
         else:
             self._leaves.quads[at // 8] = value
 
+    def _new_episode(self, number: int) -> None:
+        """One that no leaf has had: the programs remember by thread id who was stopped in which, and ids are used again.
+
+        Who gets the id of a stopped one, in a leaf of the same episode, would be killed as one that SIGSTOP does not stop.
+        """
+        self._episode = self._episode % 0xFFFFFFFF + 1
+        self._put(number, "episode", self._episode)
+
     def arm(self, number: int, orders: Orders) -> None:
         """Hold a leaf to these from now on, with a full allowance; what it has used so far counts."""
-        view, at = self._leaves.view, number * _LEAF.size
         self._put(number, "armed", 0)
-        usage = max(0, _STATE.unpack_from(view, at + _LEAF.fields["pages"].offset)[0]) * 4096
+        usage = max(0, self.state(number).pages) * 4096
         capacity = int(orders.burst * orders.burst_seconds * 1e6) >> 10
         # Below the steady budget the allowance is full again after burst_seconds.
         back = orders.burst >> 10
-        now = monotonic_ns() // 1000
-        _ACCOUNT.pack_into(view, at + _LEAF.fields["usage"].offset, usage, usage, capacity, now, 0, 0, 0, 0, 0, 0)
-        steady = NO_LIMIT if orders.steady is None else orders.steady
-        ceiling = NO_LIMIT if orders.ceiling is None else orders.ceiling
-        level = self._others.get(number, self._level)
-        _ORDERS.pack_into(view, at + _LEAF.fields["steady"].offset, steady, ceiling, back, capacity, 0, orders.slack, level)
-        _ACTIONS.pack_into(view, at + _LEAF.fields["on_exhausted"].offset, orders.on_exhausted, orders.on_ceiling, 0, 0)
-        self._put(number, "armed", 1)
+        # A program that found it armed before may be in the middle of judging it: no ceiling of 0 and no empty allowance for that
+        # one, either. What there is to have comes first, then what it is held to.
+        members = {
+            "capacity": capacity, "credit": capacity, "looked_us": monotonic_ns() // 1000, "burst": back,
+            "usage": usage, "peak": usage,
+            "crossed_ns": 0, "struck_ns": 0, "struck_usage": 0, "state": 0, "stops": 0, "kills": 0,
+            "discount": 0, "slack": orders.slack, "level": self._others.get(number, self._level), "looked": 0,
+            "steady": NO_LIMIT if orders.steady is None else orders.steady,
+            "ceiling": NO_LIMIT if orders.ceiling is None else orders.ceiling,
+            "on_exhausted": orders.on_exhausted, "on_ceiling": orders.on_ceiling, "armed": 1,
+        }  # fmt: skip
+        for name, value in members.items():
+            self._put(number, name, value)
 
     def disarm(self, number: int) -> None:
         """Judge a leaf no more; it is still counted."""
@@ -189,8 +207,7 @@ class Table:
 
     def release(self, number: int) -> None:
         """Its stopped tasks are let go: the next time they are to be stopped is a new one."""
-        at = number * _LEAF.size + _LEAF.fields["episode"].offset
-        self._put(number, "episode", (struct.unpack_from("@I", self._leaves.view, at)[0] + 1) & 0xFFFFFFFF)
+        self._new_episode(number)
         for name in ("struck_ns", "struck_usage", "state", "stops"):
             self._put(number, name, 0)
 
