@@ -169,6 +169,7 @@ def test_the_dead_leave_nothing_to_the_rest(bursts, hog):
     result = bursts.call(asleep)
     assert result.outcome is Outcome.MEMORY_KILLED, result
     assert result.stdout == b"", "the second one has run"
+    assert rungs(result) == ["killed"], "its end may be seen before the event of what ended it"
     assert overshoot(result) <= MIB, result
 
 
@@ -217,6 +218,7 @@ def test_the_probes_process_may_die_at_any_time(hog):
         if not memory.status().hook:
             lacking(f"no program could be attached: {memory.status().refused}")
         attached = bpf_objects()
+        assert all(attached[kind] > before[kind] for kind in before), "a count that does not move proves nothing"
 
         async def load(stop):
             nonlocal ended

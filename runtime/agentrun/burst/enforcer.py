@@ -113,10 +113,13 @@ class Enforcer:
 
     def kill(self, entry: Entry, reason: str, usage: int, seen_ns: int | None) -> None:
         """Kill all of a leaf, once."""
-        if entry.killed:
-            return
+        if not entry.killed:
+            entry.leaf.kill()
+            self.note_kill(entry, reason, usage, seen_ns)
+
+    def note_kill(self, entry: Entry, reason: str, usage: int, seen_ns: int | None) -> None:
+        """Put on record that a leaf was killed: by us, or by the programs alone, where its call is over before they are heard."""
         entry.killed = reason
-        entry.leaf.kill()
         self._record(entry, entry.watch, Rung.KILLED, usage, reason, seen_ns)
 
     def tell(self, news: dict[str, Any], entry: Entry) -> None:

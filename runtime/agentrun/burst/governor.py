@@ -171,6 +171,7 @@ class Governor:
                 peak = state.peak
             if state.kills and not killed:  # the event is on its way
                 killed = entry.sentence(state.struck_usage)
+                self._enforcer.note_kill(entry, killed, state.struck_usage, state.struck_ns)
         if entry.lost and not self._controller:
             mode = Mode.NONE
         elif entry.lost:
