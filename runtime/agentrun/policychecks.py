@@ -178,7 +178,7 @@ def check_egress(mode: p.Network, allow: list[str], hosts: dict[str, str]) -> No
             if given:
                 raise UsageError(f'{key}: {show(given)} needs net.mode = "egress", which is {show(mode)} (or say {nothing})')
     elif not allow:
-        raise UsageError('net.allow: [] names nothing to reach; say allow = ["pypi.org:443"], or net.mode = "none"')
+        raise UsageError('net.allow: [] names nothing to reach; say allow = ["pkg.test:443"], or net.mode = "none"')
     for number, rule in enumerate(allow):
         if len(rule) > _LONGEST_RULE:
             raise UsageError(f"net.allow[{number}]: {show(rule)} is longer than a rule can be ({_LONGEST_RULE} characters)")

@@ -72,9 +72,9 @@ def cpu(draw):
 def net(draw):
     if draw(st.booleans()):
         return draw(table(mode=st.sampled_from(["none", "host"]), allow=st.just([]), hosts=st.just({})))
-    rules = st.lists(st.sampled_from(["pypi.org:443", "*.example.org:80,443", "git.corp.example:22"]), min_size=1, max_size=3)
+    rules = st.lists(st.sampled_from(["pkg.test:443", "*.example.org:80,443", "git.corp.example:22"]), min_size=1, max_size=3)
     addresses = st.sampled_from(["192.0.2.1", "2001:db8::1"])
-    return {"mode": "egress", "allow": draw(rules)} | draw(table(hosts=st.dictionaries(st.just("pypi.org"), addresses)))
+    return {"mode": "egress", "allow": draw(rules)} | draw(table(hosts=st.dictionaries(st.just("pkg.test"), addresses)))
 
 
 @st.composite
@@ -125,7 +125,7 @@ loose = table(
     fs=table(binds=st.lists(table({"source": _any_path}, target=_any_path, mode=st.sampled_from(["ro", "rw"])), max_size=2),
              masked=st.lists(_any_path, max_size=2), read_only=st.lists(_any_path, max_size=2), scratch=_any_size,
              file_size=_maybe_none),
-    net=table(mode=st.sampled_from(["none", "host", "egress"]), allow=st.lists(words | st.just("pypi.org:443"), max_size=2),
+    net=table(mode=st.sampled_from(["none", "host", "egress"]), allow=st.lists(words | st.just("pkg.test:443"), max_size=2),
               hosts=st.dictionaries(words, st.sampled_from(["192.0.2.1", "nowhere"]), max_size=1)),
     process=table(hostname=words | st.just("ok"), rlimits=st.dictionaries(
         st.sampled_from([*RLIMIT_NAMES, "fsize", "cpu"]), any_rlimit, max_size=2),

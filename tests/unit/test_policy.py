@@ -111,7 +111,7 @@ def test_options_are_laid_over_the_policy():
 def test_egress_needs_a_policy_that_names_hosts():
     with pytest.raises(UsageError, match=r"^--net: policy default names no hosts for egress to reach \(net\.allow\)$"):
         apply_options(DEFAULT, Options(net="egress"))
-    fetch = msgspec.structs.replace(DEFAULT, egress=Egress(allow=("pypi.org:443",)))
+    fetch = msgspec.structs.replace(DEFAULT, egress=Egress(allow=("pkg.test:443",)))
     assert apply_options(fetch, Options(net="egress")).net == "egress"
 
 

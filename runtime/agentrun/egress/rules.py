@@ -2,7 +2,7 @@
 
 A rule is ``name:port[,port…]``, with one word after it if the name may be an address of a private network::
 
-    pypi.org:443
+    pkg.test:443
     *.example.org:80,443        every name below example.org, however deep; not example.org itself
     git.corp.example:22 private
 
@@ -29,7 +29,7 @@ _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 """A last label like this makes a name an address to inet_aton(3) and to browsers: 127.1, 0x7f.1, 2130706433."""
 _PORT = re.compile(r"[0-9]{1,5}")
-_SAMPLE = "say pypi.org:443 or *.example.org:80,443"
+_SAMPLE = "say pkg.test:443 or *.example.org:80,443"
 _PRIVATE = "private"
 _NOT_ADDRESSES = "rules name hosts, not addresses; give it a name and pin the address in hosts"
 
