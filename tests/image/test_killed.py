@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,11 +71,20 @@ def killed_after(action, seconds: float) -> bool:
 def wait_until_gone(group: int) -> None:
     """Its zstd holds what it inherited, as the store promises, and dies of the same signal, but when it likes."""
     deadline = time.monotonic() + 30
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(group, 0)
-            time.sleep(0.001)
-        raise AssertionError(f"process group {group} is still there")
+    while members(group):
+        assert time.monotonic() < deadline, f"process group {group} is still there"
+        time.sleep(0.001)
+
+
+def members(group: int) -> list[str]:
+    """Processes of a group, but for those that are dead and wait for whoever inherited them to take note."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                found.append(path.parent.name)
+    return found
 
 
 def is_whole(store: Store, kept: str) -> None:
