@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the host lane. A test marked ``host`` is skipped where it cannot run; under CI that is a failure."""
 
+import signal
+
 import pytest
 
 from tests.requirements import lacking
 from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, open_daemon, own_config
+
+
+def pytest_configure() -> None:
+    """Behind ``&`` in a script, or under nohup, signals are ignored: by us, and so by the tools that are to die of them."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
