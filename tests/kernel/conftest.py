@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the escape suite."""
+"""Fixtures of the escape suite, and of the container runtime's tests."""
 
 import pytest
 
 from tests.kernel.wall import DISPOSABLE, Walls, workspace_directory
+from tests.oci_support import Oci
+from tests.oci_support import missing_requirement as missing_for_oci
 from tests.requirements import lacking
 from tests.support import Blocking, Leaks, cgroup_of, missing_requirement, own_config
 
@@ -38,3 +40,13 @@ def workspace():
     """A directory of root's that everybody may enter, on a file system that can map owners."""
     with workspace_directory() as path:
         yield path
+
+
+@pytest.fixture(scope="module")
+def oci(tmp_path_factory):
+    """``agentrun-oci``, and containers by it."""
+    if reason := missing_for_oci():
+        lacking(reason)
+    made = Oci(tmp_path_factory.mktemp("oci"))
+    yield made
+    made.clean()

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oci_support import Oci, config, has_controllers, missing_requirement
-from tests.requirements import lacking
+from tests.oci_support import config, has_controllers
 
 pytestmark = pytest.mark.host
 NO = ["nosuid", "noexec", "nodev"]
@@ -26,15 +25,6 @@ ALL = ["pid", "ipc", "uts", "mount", "network", "cgroup"]
 controllers = pytest.mark.skipif(
     not has_controllers("memory", "pids"), reason="no cgroup v2 controllers here (the VM lane has them)"
 )
-
-
-@pytest.fixture(scope="module")
-def oci(tmp_path_factory):
-    if reason := missing_requirement():
-        lacking(reason)
-    made = Oci(tmp_path_factory.mktemp("oci"))
-    yield made
-    made.clean()
 
 
 def spaces(*kinds, **paths):

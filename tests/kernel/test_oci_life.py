@@ -17,19 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.oci_support import PATIENCE, RUNTIME, Oci, config, has_controllers, leftovers, missing_requirement
-from tests.requirements import lacking
+from tests.oci_support import PATIENCE, RUNTIME, config, has_controllers, leftovers
 
 pytestmark = pytest.mark.host
-
-
-@pytest.fixture(scope="module")
-def oci(tmp_path_factory):
-    if reason := missing_requirement():
-        lacking(reason)
-    made = Oci(tmp_path_factory.mktemp("oci"))
-    yield made
-    made.clean()
 
 
 # --------------------------------------------------------------------------------------------------- the verbs

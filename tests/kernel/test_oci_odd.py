@@ -18,20 +18,10 @@ from agentrun_shim.oci.later import _remove
 from agentrun_shim.oci.options import Options
 from agentrun_shim.oci.state import Container
 from agentrun_shim.oci.verbs import _bytes, _seconds
-from tests.oci_support import MARK, PATIENCE, RUNTIME, Oci, config, missing_requirement
-from tests.requirements import lacking
+from tests.oci_support import MARK, PATIENCE, RUNTIME, config
 
 pytestmark = pytest.mark.host
 HOST_UTS = {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "mount", "cgroup", "network")]}
-
-
-@pytest.fixture(scope="module")
-def oci(tmp_path_factory):
-    if reason := missing_requirement():
-        lacking(reason)
-    made = Oci(tmp_path_factory.mktemp("oci"))
-    yield made
-    made.clean()
 
 
 # --------------------------------------------------------------------------------------------------- the host's own

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oci_support import RUNTIME, Oci, config, leftovers, missing_requirement
-from tests.requirements import lacking
+from tests.oci_support import RUNTIME, Oci, config, leftovers
 
 pytestmark = pytest.mark.host
 CALLS = int(os.environ.get("AGENTRUN_OCI_STORM", "1000"))
@@ -26,13 +25,6 @@ SEED = int(os.environ.get("AGENTRUN_OCI_SEED", random.randrange(1 << 32)))
 WORKERS = 3
 KILLED = 0.35
 """How many of the calls are killed."""
-
-
-@pytest.fixture
-def oci(tmp_path):
-    if reason := missing_requirement():
-        lacking(reason)
-    return Oci(tmp_path)
 
 
 class Storm:

@@ -4,9 +4,7 @@
 import inspect
 import os
 import random
-import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from agentrun.session.review import carry_over, look
 from agentrun.session.store import Sessions
 from tests import changes_lab
 from tests.changes_lab import directory, do, essence
+from tests.dying import run_to_line
 
 pytestmark = pytest.mark.host
 KILLS = int(os.environ.get("AGENTRUN_SESSION_KILLS", "30"))
@@ -62,36 +61,10 @@ def change(executor, session: str, operations) -> None:
 
 def apply_in_child(store: Sessions, session: str, last_line: int = 0) -> tuple[bool, int]:
     """Apply in a process that kills itself at that line; whether it came to its end, and how many lines it ran."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        seen = 0
-
-        def trace(frame, event, _):
-            nonlocal seen
-            if not any(part in frame.f_code.co_filename for part in ("agentrun/changes/", "agentrun/session/")):
-                return None
-            seen += 1
-            if seen == last_line:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        code = 99
-        try:
-            sys.settrace(trace)
-            report = carry_over(store, session)[1]
-            sys.settrace(None)
-            os.write(write, (f"{report.conflicts}" if report.conflicts else str(seen)).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    assert said.isdecimal() or not said, said
-    return status == 0, int(said or 0)
+    within = ("agentrun/changes/", "agentrun/session/")
+    ended, lines, conflicts = run_to_line(lambda: carry_over(store, session)[1].conflicts, within, last_line)
+    assert not ended or conflicts == "[]", conflicts
+    return ended, lines
 
 
 def leftovers(base: Path) -> list[str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from agentrun import UsageError
-from agentrun.image.store import Store
 from agentrun.session.review import carry_over, look
 from agentrun.session.store import Sessions
-from tests.image.roots import write_root
+from tests.kernel.stores import session_stores
 
 pytestmark = pytest.mark.host
 PATIENCE = 20
@@ -43,15 +42,8 @@ else:
 
 @pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def here():
-    """Stores of images and sessions that the environment names."""
-    with tempfile.TemporaryDirectory(prefix="agentrun-holds-", dir="/var/tmp") as name:
-        root = Path(name)
-        write_root(root / "root", srv__data="image's\n")
-        Store(root / "images").import_image(str(root / "root"), "plain")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AGENTRUN_IMAGES", str(root / "images"))
-            patch.setenv("AGENTRUN_SESSIONS", str(root / "sessions"))
-            yield root
+    with session_stores() as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from agentrun.session.holds import Busy
 from agentrun.session.review import carry_over, look
 from agentrun.session.store import Sessions
 from tests.image.roots import archive, write_root
+from tests.kernel.stores import session_stores
 from tests.support import Blocking, eventually, own_config
 
 pytestmark = pytest.mark.host
@@ -25,15 +26,8 @@ WAYS = ({}, {"policy": Policy(net="host")}, {"tenant": "another"})
 
 @pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def here():
-    """Stores of images and sessions that the environment names."""
-    with tempfile.TemporaryDirectory(prefix="agentrun-mounts-", dir="/var/tmp") as name:
-        root = Path(name)
-        write_root(root / "root", srv__data="image's\n")
-        Store(root / "images").import_image(str(root / "root"), "plain")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AGENTRUN_IMAGES", str(root / "images"))
-            patch.setenv("AGENTRUN_SESSIONS", str(root / "sessions"))
-            yield root
+    with session_stores() as directory:
+        yield directory
 
 
 @pytest.fixture

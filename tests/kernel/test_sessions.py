@@ -19,6 +19,7 @@ from agentrun.image.store import Store
 from agentrun.policy import Filesystem
 from agentrun.session.store import Sessions
 from tests.image.roots import write_root
+from tests.kernel.stores import session_stores
 from tests.support import open_daemon
 
 pytestmark = pytest.mark.host
@@ -27,15 +28,8 @@ KILLS = int(os.environ.get("AGENTRUN_SESSION_KILLS", "30"))
 
 @pytest.fixture(scope="module", autouse=True)  # before the executor looks for them
 def home():
-    """Stores of images and of sessions that the environment names, and a workspace."""
-    with tempfile.TemporaryDirectory(prefix="agentrun-sessions-", dir="/var/tmp") as name:
-        here = Path(name)
-        write_root(here / "root", srv__data="image's\n")
-        Store(here / "images").import_image(str(here / "root"), "plain")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AGENTRUN_IMAGES", str(here / "images"))
-            patch.setenv("AGENTRUN_SESSIONS", str(here / "sessions"))
-            yield here
+    with session_stores() as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from agentrun.changes import apply as applying
 from agentrun.changes.draft import Draft
 from agentrun.changes.store import Store
 from tests.changes_lab import directory, do, essence, keep, snapshot
+from tests.dying import run_to_line
+from tests.requirements import lacking
 
 pytestmark = pytest.mark.host
 KILLS = int(os.environ.get("AGENTRUN_KILLS", "100"))
@@ -99,7 +100,7 @@ def test_what_is_kept_is_on_the_disk_when_it_is_sealed(place, number):
     for n in range(number):
         (upper / f"new/{n}").write_bytes(bytes(9000))
     if not is_only_in_memory(upper / "new/0"):
-        pytest.skip("this file system does not say what is not on the disk yet")
+        lacking("this file system does not say what is not on the disk yet")
     assert draft.seal("call", [], (0, 0)).added == number + 1
     assert not [path for path in (upper / "new").iterdir() if is_only_in_memory(path)]
     draft.close()
@@ -282,40 +283,11 @@ def test_what_a_killed_call_left_is_swept_and_what_runs_is_not(place):
 # ---------------------------------------------------------------- kill -9
 
 
-def apply_in_child(name: str, last_line: int = 0) -> tuple[int, int]:
-    """Apply in a process that kills itself at that line of agentrun.changes (SIGKILL lets nothing run any more).
-
-    Its status, and how many lines it ran.
-    """
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        seen = 0
-
-        def trace(frame, event, _):
-            nonlocal seen
-            if "agentrun/changes/" not in frame.f_code.co_filename:
-                return None
-            seen += 1
-            if seen == last_line:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        code = 99
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.settrace(trace)
-            code = run("apply", name)
-            sys.settrace(None)
-            os.write(write, str(seen).encode())
-        finally:
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        lines = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status, int(lines or 0)
+def apply_in_child(name: str, last_line: int = 0) -> tuple[bool, int]:
+    """Apply in a process that kills itself at that line; whether it came to its end, and how many lines it ran."""
+    ended, lines, code = run_to_line(lambda: run("apply", name), ("agentrun/changes/",), last_line)
+    assert not ended or code == "0", code
+    return ended, lines
 
 
 def prepare(place, store: Store, number: int):
@@ -334,8 +306,8 @@ def test_killed_anywhere_it_comes_to_the_same_end(place):
     rng = random.Random(os.environ.get("AGENTRUN_SEED"))
     store = Store()
     _, name, _ = prepare(place, store, 0)
-    status, whole = apply_in_child(name)
-    assert status == 0
+    ended, whole = apply_in_child(name)
+    assert ended
     kills, number, points = 0, 0, []
     while kills < KILLS:
         number += 1
@@ -343,7 +315,7 @@ def test_killed_anywhere_it_comes_to_the_same_end(place):
         old = {path: entry[:5] for path, entry in essence(base).items()}
         while name in store.ids():
             line = rng.randrange(1, whole + 1)
-            kills += apply_in_child(name, line)[0] != 0
+            kills += not apply_in_child(name, line)[0]
             points.append(line)
             assert list(store.verify()) == []
             for path, entry in essence(base).items():
