@@ -18,7 +18,7 @@ BPF_HASH(calls, u64, struct call, CALLS);
 BPF_HASH(zygotes, u32, struct call, ZYGOTES);
 BPF_HASH(cold, u64, u8, CALLS); /* leaves of sandboxes that a call waited for */
 BPF_TABLE("lru_hash", u32, struct call, births, 1024); /* pid of an init -> what its zygote did for it */
-BPF_TABLE("lru_hash", u32, u64, starts, 8192);         /* task -> when its system call began */
+BPF_TABLE("lru_hash", u32, u64, starts, 8192);         /* task -> when its system call began, while another of its sandbox is in one */
 BPF_F_TABLE("array", u32, struct histogram, histograms, HISTOGRAMS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct daemon, daemon, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct counted, counted, 1, BPF_F_MMAPABLE);
@@ -122,20 +122,28 @@ static __always_inline struct call *account(struct call *call)
 
 // ---------------------------------------------------------------- spans: system calls from entry to return
 
-static __always_inline void begin(void)
+static __always_inline void begin(struct call *call)
 {
     u32 task = bpf_get_current_pid_tgid();
     u64 now = bpf_ktime_get_ns();
-    if (starts.insert(&task, &now)) {
-        lose(); // the last one's end
+    if (!call->busy || call->busy == task) {
+        if (call->busy) lose(); // the last one's end
+        call->busy = task;
+        call->busy_ns = now;
+    } else if (starts.insert(&task, &now)) {
+        lose();
         starts.update(&task, &now);
     }
 }
 
 // Nanoseconds since the current task's `begin`, or 0.
-static __always_inline u64 end(void)
+static __always_inline u64 end(struct call *call)
 {
     u32 task = bpf_get_current_pid_tgid();
+    if (call->busy == task) {
+        call->busy = 0;
+        return bpf_ktime_get_ns() - call->busy_ns;
+    }
     u64 *start = starts.lookup(&task), ns;
     if (!start) {
         lose();
@@ -148,7 +156,8 @@ static __always_inline u64 end(void)
 
 static __always_inline int enter(void)
 {
-    if (worker()) begin();
+    struct call *call = worker();
+    if (call) begin(call);
     return 0;
 }
 
@@ -156,7 +165,7 @@ static __always_inline int leave(u32 phase)
 {
     struct call *call = worker();
     if (!call) return 0;
-    u64 ns = end();
+    u64 ns = end(call);
     struct call *to = account(call);
     if (to && ns) add(to, phase, ns);
     return 0;
@@ -260,7 +269,7 @@ static __always_inline int enter_clone(u64 flags)
     struct call *call = worker();
     if (!call) return 0;
     call->flags = flags;
-    begin();
+    begin(call);
     return 0;
 }
 
@@ -269,7 +278,7 @@ static __always_inline int leave_clone(long child)
     if (!child) return 0; // the child: it began nothing
     struct call *call = worker();
     if (!call) return 0;
-    u64 ns = end();
+    u64 ns = end(call);
     struct call *to = account(call);
     if (to && ns) add(to, call->flags & NEW_NAMESPACES ? PHASE_NAMESPACES : PHASE_CLONE, ns);
     if (call->step == STEP_INIT_FORKED) call->step = STEP_MAPPING;
@@ -328,7 +337,7 @@ TRACEPOINT_PROBE(syscalls, sys_enter_setns)
         if (to) add(to, PHASE_ID_MAPS, bpf_ktime_get_ns() - call->since_ns);
         call->step = STEP_ENTERED;
     }
-    begin();
+    begin(call);
     return 0;
 }
 
@@ -352,7 +361,7 @@ static __always_inline int leave_exec(long error)
 {
     struct call *call = current_sandbox();
     if (!call || call->progress & DID_EXEC) return 0;
-    u64 ns = end();
+    u64 ns = end(call);
     if (error || !ns) return 0;
     add(call, PHASE_EXEC, ns);
     call->exec_ns = bpf_ktime_get_ns();
@@ -408,7 +417,10 @@ TRACEPOINT_PROBE(sched, sched_process_exit)
         }
         return 0;
     }
-    if (!(call->progress & DID_EXEC)) starts.delete(&task); // killed in the middle of something
+    if (!(call->progress & DID_EXEC)) { // killed in the middle of something
+        if (call->busy == task) call->busy = 0;
+        else starts.delete(&task);
+    }
     if (call->main != task || (call->progress & (DID_EXEC | DID_EXIT)) != DID_EXEC) return 0;
     call->exit_ns = bpf_ktime_get_ns();
     call->progress |= DID_EXIT;

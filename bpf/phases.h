@@ -69,6 +69,9 @@ struct call {
     u32 seen;     /* bits of the phases that have a value */
     u32 main;     /* the process that became the tool; of a zygote, the init being made */
     u32 step;     /* of a zygote */
+    u32 busy;     /* the task that is in a system call; a second one's beginning is in `starts` */
+    u32 padding;
+    u64 busy_ns;  /* since when */
     u64 ns[15];   /* PHASES */
 };
 
