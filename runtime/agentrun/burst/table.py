@@ -20,6 +20,9 @@ WHY = {_C[f"WHY_{name}"]: name.lower() for name in ("CROSSED", "BELOW", "EXHAUST
 NO_LIMIT = _C["NO_LIMIT"]
 _LEVELS = 4
 """As ``struct settings`` has room for."""
+_QUADS = _LEAF.size // 8
+_AT = {name: field.offset // struct.calcsize(field.code) for name, field in _LEAF.fields.items()}
+"""Where a member is in a leaf, counted in members of its size."""
 
 
 class Orders(NamedTuple):
@@ -32,6 +35,35 @@ class Orders(NamedTuple):
     slack: int
     on_exhausted: int
     on_ceiling: int
+
+
+Stores = tuple[tuple[int, int], ...]
+"""Quads of a leaf, by their place in it, and what is to be in them."""
+
+
+def _allowance(orders: Orders) -> Stores:
+    capacity = int(orders.burst * orders.burst_seconds * 1e6) >> 10
+    return (
+        (_AT["capacity"], capacity), (_AT["credit"], capacity),
+        (_AT["burst"], orders.burst >> 10),  # below the steady budget the allowance is full again after burst_seconds
+        (_AT["crossed_ns"], 0), (_AT["struck_ns"], 0), (_AT["struck_usage"], 0), _pair("state", 0, "stops", 0),
+        _pair("kills", 0, "padding2", 0), (_AT["discount"], 0), (_AT["slack"], orders.slack),
+    )  # fmt: skip
+
+
+def _limits(orders: Orders) -> Stores:
+    return (
+        (_AT["steady"], NO_LIMIT if orders.steady is None else orders.steady),
+        (_AT["ceiling"], NO_LIMIT if orders.ceiling is None else orders.ceiling),
+        _pair("on_exhausted", orders.on_exhausted, "on_ceiling", orders.on_ceiling),
+    )
+
+
+def _pair(low: str, first: int, high: str, second: int) -> tuple[int, int]:
+    """Two words that are one quad."""
+    assert _AT[high] == _AT[low] + 1
+    assert _AT[low] % 2 == 0
+    return _AT[low] // 2, first | second << 32
 
 
 class State(NamedTuple):
@@ -86,6 +118,9 @@ class Table:
         """Level by number, of what is elsewhere in the tree."""
         self._used: set[int] = set()
         self._last = self._generation = self._episode = 0
+        self._orders: Orders | None = None
+        self._stores: tuple[Stores, Stores] = ((), ())
+        """What the orders that were given last come to."""
         struct.pack_into("@II4I", self._settings.view, 0, 0, 1, level, 0, 0, 0)
 
     def add(self, identity: int, level: int | None = None) -> int:
@@ -159,29 +194,34 @@ class Table:
         self._put(number, "episode", self._episode)
 
     def arm(self, number: int, orders: Orders) -> None:
-        """Hold a leaf to these from now on, with a full allowance; what it has used so far counts."""
+        """Hold a leaf to these from now on, with a full allowance; what it has used so far counts.
+
+        On the way of every call with limits of its own: so the stores that orders come to are worked out once for them.
+        """
+        quads, at = self._leaves.quads, number * _QUADS
         self._put(number, "armed", 0)
-        usage = max(0, self.state(number).pages) * 4096
-        capacity = int(orders.burst * orders.burst_seconds * 1e6) >> 10
-        # Below the steady budget the allowance is full again after burst_seconds.
-        back = orders.burst >> 10
+        if orders is not self._orders:
+            self._orders, self._stores = orders, (_allowance(orders), _limits(orders))
+        pages = quads[at + _AT["pages"]]
+        usage = 0 if pages >> 63 else pages * 4096
         # A program that found it armed before may be in the middle of judging it: no ceiling of 0 and no empty allowance for that
         # one, either. What there is to have comes first, then what it is held to.
-        members = {
-            "capacity": capacity, "credit": capacity, "looked_us": monotonic_ns() // 1000, "burst": back,
-            "usage": usage, "peak": usage,
-            "crossed_ns": 0, "struck_ns": 0, "struck_usage": 0, "state": 0, "stops": 0, "kills": 0,
-            "discount": 0, "slack": orders.slack, "level": self._others.get(number, self._level), "looked": 0,
-            "steady": NO_LIMIT if orders.steady is None else orders.steady,
-            "ceiling": NO_LIMIT if orders.ceiling is None else orders.ceiling,
-            "on_exhausted": orders.on_exhausted, "on_ceiling": orders.on_ceiling, "armed": 1,
-        }  # fmt: skip
-        for name, value in members.items():
-            self._put(number, name, value)
+        allowance, limits = self._stores
+        for offset, value in allowance:
+            quads[at + offset] = value
+        quads[at + _AT["looked_us"]] = monotonic_ns() // 1000
+        quads[at + _AT["usage"]] = quads[at + _AT["peak"]] = usage
+        self._put(number, "level", self._others.get(number, self._level))
+        self._put(number, "looked", 0)
+        for offset, value in limits:
+            quads[at + offset] = value
+        self._put(number, "armed", 1)
 
-    def disarm(self, number: int) -> None:
-        """Judge a leaf no more; it is still counted."""
+    def disarm(self, number: int) -> tuple[int, int]:
+        """Judge a leaf no more; it is still counted. Its peak since it was armed, bytes, and how often it was sent SIGKILL."""
         self._put(number, "armed", 0)
+        at = number * _QUADS
+        return self._leaves.quads[at + _AT["peak"]], self._leaves.words[at * 2 + _AT["kills"]]
 
     def state(self, number: int) -> State:
         """A leaf at this moment."""
