@@ -208,7 +208,7 @@ class Call:
         terms = self.request.terms
         if not memory.lost or memory.mode is not Mode.NONE:
             return terms.unenforced
-        limits = (("memory.max", terms.limits.memory_max), ("memory.high", terms.limits.memory_high))
+        limits = (("memory.max", terms.plan.limits.memory_max), ("memory.high", terms.plan.limits.memory_high))
         known = {item.limit for item in terms.unenforced}
         reason = "the probes process was away while the call ran"
         return terms.unenforced + tuple(Unenforced(name, reason) for name, size in limits if size and name not in known)
@@ -235,7 +235,7 @@ class Call:
         return (Outcome.SIGNALED if number else Outcome.EXITED), exit_code, number, filtered
 
     def _burst_verdict(self, memory: Record) -> Verdict:
-        limits = self.request.terms.limits
+        limits = self.request.terms.plan.limits
         high, burst, peak = limits.memory_high, limits.memory_burst, memory.peak
         budget = f"{high} bytes" if high is not None else f"{limits.memory_max} bytes"
         if high is not None and burst:

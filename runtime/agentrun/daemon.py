@@ -41,13 +41,18 @@ from agentrun.protocol import (
 )  # fmt: skip
 from agentrun.running import Running
 from agentrun.stdio import NULL, Output, Stdio, check_stream, own_pipe
-from agentrun.types import Result
+from agentrun.types import Outcome, Result, Verdict
 from agentrun.unixsocket import Peer, peer_of, send_all
 
 FIRST_FRAME_SECONDS = 10.0
 """A client that connects and says nothing is let go."""
 LAST_FRAME_SECONDS = 30.0
 """A client that does not read its answer is let go."""
+FAREWELL_SECONDS = 10.0
+"""What the calls get to end, and their clients to be told, when the daemon is to end; a service manager gives it 30."""
+_STOPPED = Verdict(
+    reason="cancelled", message="killed because the daemon was stopped", advice="run it again if it is still wanted"
+)
 _FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _log = logging.getLogger("agentrun")
 
@@ -61,13 +66,20 @@ class Daemon:
         self._containers = Containers(executor, config.socket)
         self._admission = Admission(executor, config, private=private)
         self._answers = Answers(executor, self._containers)
+        self._accepting = trio.CancelScope()
+        self._owed: set[trio.socket.SocketType] = set()
+        """Connections whose call has not been answered yet."""
+        self._ending: trio.Event | None = None
+        """Once the daemon is to end: set when nothing is owed any more."""
 
     async def serve(self, listeners: Sequence[trio.socket.SocketType]) -> None:
         """Accept and handle connections until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._containers.run)
-            for listener in listeners:
-                nursery.start_soon(self._accept, listener, nursery)
+            with self._accepting:
+                async with trio.open_nursery() as acceptors:
+                    for listener in listeners:
+                        acceptors.start_soon(self._accept, listener, nursery)
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
@@ -77,6 +89,15 @@ class Daemon:
                 await trio.sleep(0.1)  # out of descriptors: those that run now will give theirs back
                 continue
             nursery.start_soon(self.handle, connection)
+
+    async def finish(self) -> None:
+        """End every call and tell its client, or refuse it; who connects from now on waits for the next daemon, if there is one."""
+        self._accepting.cancel()
+        self._ending = trio.Event()
+        with trio.move_on_after(FAREWELL_SECONDS):
+            await self._executor.performer.aclose()
+            if self._owed:
+                await self._ending.wait()
 
     async def handle(self, sock: trio.socket.SocketType) -> None:
         """One connection, whatever it brings."""
@@ -99,6 +120,9 @@ class Daemon:
             if answer:
                 with trio.move_on_after(LAST_FRAME_SECONDS):
                     await send_all(sock, answer)
+        self._owed.discard(sock)
+        if self._ending is not None and not self._owed:
+            self._ending.set()
 
     async def _answer(self, sock: trio.socket.SocketType, rest: bytearray, frame: bytes, fds: list[int]) -> bytes | None:
         try:
@@ -125,6 +149,7 @@ class Daemon:
         self, sock: trio.socket.SocketType, rest: bytearray, request: Exec, fds: list[int], peer: Peer
     ) -> bytes | None:
         begun = monotonic()
+        self._owed.add(sock)
         if len(request.fds) != len(fds):
             raise ProtocolError(f"{len(fds)} descriptors came, {len(request.fds)} are named: {', '.join(request.fds)}")
         if twice := {name for name in request.fds if request.fds.count(name) > 1}:
@@ -150,6 +175,8 @@ class Daemon:
             return None  # the client has gone, and its call with it
         if self._private:
             result = msgspec.structs.replace(result, private_runtime=True)
+        if self._ending is not None and result.outcome is Outcome.CANCELLED:
+            result = msgspec.structs.replace(result, verdict=_STOPPED)
         return result_frame(result.returncode, result.to_json(), result.verdict.message if result.verdict else None)
 
     async def _watch(self, sock: trio.socket.SocketType, rest: bytearray, running: Running, scope: trio.CancelScope) -> None:

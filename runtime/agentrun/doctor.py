@@ -23,7 +23,7 @@ from agentrun.image.shelf import default_root
 from agentrun.imageroot import Owners
 from agentrun.imageview import clone_layers
 from agentrun.overlay import mount_overlay, wants_attached
-from agentrun.policy import DEFAULT
+from agentrun.policy import DEFAULT, NO_LIMITS
 from agentrun.shape import ID_RANGE, plan_shape, shape_of
 from agentrun.slot import build_slot
 from agentrun.workspace import clone_mount
@@ -91,7 +91,7 @@ def _cgroup() -> list[Finding]:
         return [Finding("cgroup v2", "missing", str(error), "mount cgroup2, or run in a unit with Delegate=yes")]
     try:
         findings = [Finding("cgroup v2", "works", f"{base.path} ({base.origin})")]
-        _, missing = tree.plan(msgspec.structs.replace(DEFAULT.limits, cpus=1.0))
+        missing = tree.plan(msgspec.structs.replace(DEFAULT.limits, cpus=1.0)).missing
         reasons = {item.limit.partition(".")[0]: item.reason for item in missing}
         for name in CONTROLLERS:
             if name in tree.controllers:
@@ -149,7 +149,7 @@ async def _sandbox() -> AsyncIterator[Finding]:
 async def _clone(zygote: Zygote, tree: Tree, use_clone3: bool) -> Finding:
     maps = ((False, 0, _ID_BASE, ID_RANGE), (True, 0, _ID_BASE, ID_RANGE))
     begun = monotonic()
-    slot = await build_slot(zygote, tree, "doctor", f"{use_clone3:d}", {}, maps, use_clone3=use_clone3)
+    slot = await build_slot(zygote, tree, "doctor", f"{use_clone3:d}", tree.plan(NO_LIMITS), maps, use_clone3=use_clone3)
     took = (monotonic() - begun) * 1e3
     direct, told = slot.used_clone3, slot.listener >= 0
     await slot.dispose()

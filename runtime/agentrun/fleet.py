@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import trio
@@ -11,7 +10,7 @@ import trio
 from agentrun import rootfs
 from agentrun.burst.governor import Governor
 from agentrun.burst.headroom import Budget
-from agentrun.cgroup.limits import plan_budget
+from agentrun.cgroup.limits import Plan, changes, plan_budget
 from agentrun.cgroup.tree import Tree
 from agentrun.changes.mount import mount_changes
 from agentrun.chores import Chores
@@ -28,9 +27,6 @@ from agentrun.slotbuilder import SlotBuilder
 from agentrun.tenants import Tenants
 from agentrun.workspace import Mode, clone_mount, owner_maps
 from agentrun.zygotes import Zygotes
-
-_LIFTED = {"memory.max": "max", "memory.oom.group": "0", "memory.swap.max": "max", "pids.max": "max"}
-"""What takes back a limit the pool's shape has and the call has not."""
 
 
 class Fleet:
@@ -58,7 +54,8 @@ class Fleet:
     def pool(self, tenant: str, policy: Policy) -> Pool:
         """The pool that serves calls of this tenant and policy.
 
-        A call's own limits do not make another pool: its leaf is adjusted instead, before the tool exists (``adjust``).
+        A call's own limits do not make another pool: its leaf is adjusted instead, before the tool exists (``adjust``), or when
+        it was built, if the call before had the same.
 
         Raises:
             HostError: the tenant's cgroup could not be made.
@@ -74,10 +71,22 @@ class Fleet:
         fd = self._tree.tenant(tenant, plan_budget(budget))
         if budget.memory_max is not None:
             self.governor.funds.budgets[tenant] = Budget(fd, budget.memory_max)
-        files, _ = self._tree.plan(shape.limits)
+        plan = self._tree.plan(shape.limits)
+
+        async def build() -> Slot:
+            slot = await self._builder.build(shape, tenant, id_base, plan)
+            if pool.plan is not plan:
+                try:
+                    self.adjust(slot, pool.plan)
+                except BaseException:
+                    self._builder.discard(slot)
+                    raise
+                self.governor.hold(slot.leaf, pool.plan.limits)
+            return slot
+
         pool = Pool(
-            functools.partial(self._builder.build, shape, tenant, id_base, files), self._builder.discard, self.chores.later,
-            self._nursery, least=self._config.pool_least, most=self._config.pool_most, name=self._name(tenant, shape),
+            build, self._builder.discard, self.chores.later, self._nursery, least=self._config.pool_least,
+            most=self._config.pool_most, plan=plan, name=self._name(tenant, shape),
         )  # fmt: skip
         self._pools[tenant, shape] = pool
         return pool
@@ -90,15 +99,14 @@ class Fleet:
             taken.add(f"{tenant}/{DEFAULT.net}")
         return next(name for name in (plain, *(f"{plain}#{number}" for number in range(2, len(taken) + 3))) if name not in taken)
 
-    def adjust(self, slot: Slot, files: Mapping[str, str]) -> None:
-        """Give a slot's leaf a call's own limits: ``files`` instead of those it was made with.
+    def adjust(self, slot: Slot, plan: Plan) -> None:
+        """Give a slot's leaf other limits than it has.
 
         Raises:
             HostError: one could not be written.
         """
-        default, _ = self._tree.plan(DEFAULT.limits)
-        lifted = {name: _LIFTED[name] for name in default if name not in files and name in _LIFTED}
-        slot.leaf.write(lifted | {name: text for name, text in files.items() if default.get(name) != text})
+        slot.leaf.write(changes(slot.plan.files, plan.files))
+        slot.plan = plan
 
     async def lease_session(self, key: str, tenant: str, policy: Policy) -> tuple[Pool, Slot, bool]:
         """A slot for a call in a session, its pool, and whether it was warm. Last of what it holds is the session as it is now.

@@ -94,7 +94,7 @@ class Performer:
     async def _in_slot(self, call: Call, running: Running | None) -> Result:
         message, fds = call.pack()
         terms = call.request.terms
-        pool = terms.pool
+        pool, plan = terms.pool, terms.plan
         if pool.closed:  # while this call waited for its turn, nobody used it
             pool = self._fleet.pool(call.request.tenant, terms.policy)
         while True:
@@ -109,9 +109,10 @@ class Performer:
                 if self.turns.closed:
                     raise HostError("the executor is closing")
                 self.calls[slot.id] = call  # before it is sent: whoever closes the executor ends what is in here
-                if terms.files is not None:
-                    self._fleet.adjust(slot, terms.files)
-                self._governor.begin(slot.leaf, terms.limits)
+                if slot.plan is not plan:
+                    self._fleet.adjust(slot, plan)
+                    pool.plan = plan
+                self._governor.begin(slot.leaf, plan.limits)
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):

@@ -165,6 +165,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Not refused: the caller said best effort as well. The policy's own word does not stand in for the caller's."""
 
 
+NO_LIMITS = Limits(memory_max=None, memory_swap_max=None, pids_max=None)
 DEFAULT = Policy(description="Any tool, no network: what a call gets when nothing else is said.")
 
 

@@ -15,6 +15,7 @@ from functools import partial
 import msgspec
 import trio
 
+from agentrun.cgroup.limits import Plan
 from agentrun.errors import AgentrunError, HostError
 from agentrun.slot import Slot
 
@@ -56,12 +57,15 @@ class Pool:
         *,
         least: int,
         most: int,
+        plan: Plan,
         name: str = "",
     ) -> None:
         """``build`` makes one slot; ``discard`` ends one in the background; ``later`` runs something after the current task
         has gone on. ``least`` ≤ idle slots ≤ ``most``. ``name`` is for people.
         """
         self.name = name
+        self.plan = plan
+        """What slots are to be held to when they are built: the limits of the last call, as the next one's are likely to be."""
         self.closed = False
         self._build, self._discard, self._later, self._nursery = build, discard, later, nursery
         self._least, self._most = least, most

@@ -7,11 +7,12 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from agentrun.cgroup.leaf import Leaf
+from agentrun.cgroup.limits import Plan
 from agentrun.cgroup.tree import Tree
 from agentrun.egress.path import EgressPath
 from agentrun.errors import HostError, SandboxError
@@ -35,13 +36,16 @@ class Slot:
         "leaf",
         "listener",
         "network",
+        "plan",
         "runner_pidfd",
         "used_clone3",
     )
 
-    def __init__(self, name: str, leaf: Leaf, control: socket.socket, cloned: Cloned) -> None:
+    def __init__(self, name: str, leaf: Leaf, plan: Plan, control: socket.socket, cloned: Cloned) -> None:
         self.id = name
         self.leaf = leaf
+        self.plan = plan
+        """What its leaf is held to."""
         self.control = control
         self.runner_pidfd = cloned.runner_pidfd
         self.used_clone3 = cloned.used_clone3
@@ -178,7 +182,7 @@ async def build_slot(
     tree: Tree,
     tenant: str,
     name: str,
-    files: Mapping[str, str],
+    plan: Plan,
     maps: Sequence[IdMap],
     *,
     use_clone3: bool = True,
@@ -189,7 +193,7 @@ async def build_slot(
         SandboxError: a step failed. Nothing is left behind.
         HostError: the leaf or the zygote failed.
     """
-    leaf = tree.leaf(tenant, f"call-{name}", files)
+    leaf = tree.leaf(tenant, f"call-{name}", plan.files)
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
@@ -205,7 +209,7 @@ async def build_slot(
         raise
     finally:
         theirs.close()
-    slot = Slot(name, leaf, ours, cloned)
+    slot = Slot(name, leaf, plan, ours, cloned)
     try:
         await _wait_ready(slot)
         leaf.mark_ready()

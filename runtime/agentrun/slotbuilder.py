@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from agentrun.burst.governor import Governor
+from agentrun.cgroup.limits import Plan
 from agentrun.cgroup.tree import Tree
 from agentrun.denials import Denials
 from agentrun.egress.path import EgressPath
@@ -48,23 +49,23 @@ class SlotBuilder:
         self.stuck = 0
         """Sandboxes that could not be removed; each was logged."""
 
-    async def build(self, shape: Shape, tenant: str, id_base: int, files: Mapping[str, str]) -> Slot:
-        """A warm slot, in a leaf of the tenant's with these control files, whose ids begin at ``id_base``.
+    async def build(self, shape: Shape, tenant: str, id_base: int, plan: Plan) -> Slot:
+        """A warm slot, in a leaf of the tenant's with these limits, whose ids begin at ``id_base``.
 
         Raises:
             SandboxError: a step failed.
             HostError: something else of it could not be made. Either way nothing is left behind.
         """
         self._built += 1
-        return await self._build(shape, tenant, f"{self._built:x}", id_base, files)
+        return await self._build(shape, tenant, f"{self._built:x}", id_base, plan)
 
-    async def _build(self, shape: Shape, tenant: str, name: str, id_base: int, files: Mapping[str, str]) -> Slot:
+    async def _build(self, shape: Shape, tenant: str, name: str, id_base: int, plan: Plan) -> Slot:
         notify, maps = self._zygotes.notify, ((False, 0, id_base, ID_RANGE), (True, 0, id_base, ID_RANGE))
         try:
             try:
-                slot = await self._clone(shape, id_base, tenant, name, files, maps)
+                slot = await self._clone(shape, id_base, tenant, name, plan, maps)
             except ZygoteDied:  # the next one is started for it; if that dies as well, something is wrong with the host
-                slot = await self._clone(shape, id_base, tenant, name, files, maps)
+                slot = await self._clone(shape, id_base, tenant, name, plan, maps)
         except SandboxError as error:
             if not (notify and error.step == "filter" and error.errno == errno.EBUSY):
                 raise
@@ -73,7 +74,7 @@ class SlotBuilder:
             if self._zygotes.notify:
                 self._zygotes.do_without_listener()
                 await self._renew()
-            return await self._build(shape, tenant, name, id_base, files)
+            return await self._build(shape, tenant, name, id_base, plan)
         self._governor.register(slot.leaf, tenant)
         self._latency.leaf(slot.leaf.id, self._latency.shape(shape.lasting, shape.label))
         if slot.listener >= 0:
@@ -93,14 +94,12 @@ class SlotBuilder:
                 raise
         return slot
 
-    async def _clone(
-        self, shape: Shape, id_base: int, tenant: str, name: str, files: Mapping[str, str], maps: Sequence[IdMap]
-    ) -> Slot:
+    async def _clone(self, shape: Shape, id_base: int, tenant: str, name: str, plan: Plan, maps: Sequence[IdMap]) -> Slot:
         alone = shape.fs.root == "scratch" and not shape.fs.session
         zygote = await (self._zygotes.single if alone else self._zygotes.find)(shape, id_base)
         lease = zygote.lease and zygote.lease.share()
         try:
-            slot = await build_slot(zygote, self._tree, tenant, name, files, maps)
+            slot = await build_slot(zygote, self._tree, tenant, name, plan, maps)
         except BaseException:
             if lease is not None:
                 lease.close()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from agentrun.errors import HostError
 from agentrun.executorconfig import FleetConfig
-from agentrun.policy import Limits, Policy
+from agentrun.policy import NO_LIMITS, Limits, Policy
 from agentrun.shape import ID_RANGE
 
-_NO_LIMITS = Limits(memory_max=None, memory_swap_max=None, pids_max=None)
 _ID_END = 1 << 32
 
 
@@ -41,4 +40,4 @@ class Tenants:
 
     def budget(self, tenant: str) -> Limits:
         """What all calls of a tenant may use together."""
-        return self._config.tenant_limits.get(tenant, _NO_LIMITS)
+        return self._config.tenant_limits.get(tenant, NO_LIMITS)

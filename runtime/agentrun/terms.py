@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from agentrun.burst.ladder import Mode
+from agentrun.cgroup.limits import Plan
 from agentrun.cgroup.tree import Tree
 from agentrun.egress.rules import parse_rules
 from agentrun.environment import BASE_ENV, env_pairs
 from agentrun.errors import LimitError, UsageError
 from agentrun.fleet import Fleet
 from agentrun.hints import check_budget
-from agentrun.policy import DEFAULT, Limits, Policy
+from agentrun.policy import DEFAULT, Policy
 from agentrun.pool import Pool
 from agentrun.types import Unenforced
 
@@ -28,11 +29,9 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """A policy for a tenant, ready to be used."""
 
     policy: Policy
-    limits: Limits
-    """The policy's; the very object of the built-in default where they are equal."""
+    plan: Plan
+    """What its limits come to."""
     pool: Pool
-    files: Mapping[str, str] | None
-    """Control files in which the leaf differs from the pool's."""
     unenforced: tuple[Unenforced, ...]
     nproc: int
     """RLIMIT_NPROC; 0 leaves the pool's."""
@@ -96,7 +95,8 @@ class TermsBook:
 
     def _work_out(self, policy: Policy, tenant: str, hinted: bool) -> Terms:
         limits = policy.limits
-        files, missing = self._tree.plan(limits)
+        plan = self._tree.plan(limits)
+        missing = plan.missing
         if self._fleet.governor.mode is Mode.BPF:
             missing = tuple(item for item in missing if item.limit not in COUNTED)
         check_enforced(tuple(m for m in missing if not (hinted and m.limit.startswith("memory."))), policy, DEFAULT)
@@ -106,9 +106,8 @@ class TermsBook:
         env = _environment(policy)
         return Terms(
             policy=policy,
-            limits=DEFAULT.limits if limits == DEFAULT.limits else limits,
+            plan=plan,
             pool=self._fleet.pool(tenant, policy),
-            files=None if limits == DEFAULT.limits else files,
             unenforced=missing,
             nproc=0 if limits.pids_max == DEFAULT.limits.pids_max else limits.pids_max or 0,
             owner=self._fleet.tenants.owner(tenant, policy),

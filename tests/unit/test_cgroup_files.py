@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrun.cgroup.files import read_file, write_file
-from agentrun.cgroup.limits import CPU_PERIOD_US, plan_limits
+from agentrun.cgroup.limits import CPU_PERIOD_US, changes, plan_limits
 from agentrun.cgroup.stats import parse_flat, parse_io, parse_number
 from agentrun.cgroup.tree import PREFIX, Base, Tree, find_base, find_mount, remove_stale
 from agentrun.errors import HostError
@@ -59,6 +59,30 @@ def test_every_limit_is_its_file(limits):
 @given(LIMITS)
 def test_every_file_has_its_controller(limits):
     assert {name.partition(".")[0] for name in plan_limits(limits)} <= {"memory", "pids", "cpu"}
+
+
+BURSTS = st.floats(0.01, 4).flatmap(
+    lambda cpus: st.builds(Limits, cpus=st.just(cpus), cpu_burst=st.none() | st.floats(0, cpus / 10))
+)
+FRESH = {
+    "memory.oom.group": "0", "memory.max": "max", "memory.high": "max", "memory.swap.max": "max", "pids.max": "max",
+    "cpu.max": "max", "cpu.max.burst": "0", "io.weight": "100", "cpu.weight": "100",
+}  # fmt: skip
+EVERY = Limits(memory_high=1 << 20, cpus=2.0, cpu_burst=0.1, cpu_weight=7, io_weight=9)
+
+
+@given(st.lists(st.one_of(LIMITS, BURSTS, st.just(EVERY)), max_size=5))
+def test_a_leaf_goes_from_any_limits_to_any(sequence):
+    leaf, old = dict(FRESH), {}
+    for limits in sequence:
+        new = plan_limits(limits)
+        for name, text in changes(old, new).items():
+            assert old.get(name) != text  # nothing is written for nothing
+            leaf[name] = text
+            quota = leaf["cpu.max"].split()[0]
+            assert quota == "max" or int(leaf["cpu.max.burst"]) <= int(quota)  # cpu_max_write would refuse
+        assert leaf == FRESH | new
+        old = new
 
 
 # ---------------------------------------------------------------- accounts
@@ -246,7 +270,7 @@ def test_two_owners_of_one_name(base):
 def test_a_tree_says_what_it_cannot_enforce(base):
     tree = Tree(base, "y")
     try:
-        files, missing = tree.plan(Limits(cpus=1.0, cpu_weight=5))
+        _, files, missing = tree.plan(Limits(cpus=1.0, cpu_weight=5))
         assert {*files, *(item.limit for item in missing)} >= {"memory.max", "cpu.max", "cpu.weight"}
         assert not {*files} & {item.limit for item in missing}
         assert {*files} <= tree.files

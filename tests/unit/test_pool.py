@@ -45,7 +45,7 @@ def pooled(test):
         async def main():
             works = Works(seconds)
             async with trio.open_nursery() as nursery:
-                pool = Pool(works.build, works.discarded.append, lambda task: task(), nursery, least=least, most=most)
+                pool = Pool(works.build, works.discarded.append, lambda task: task(), nursery, least=least, most=most, plan=None)
                 await test(pool, works, nursery)
                 nursery.cancel_scope.cancel()
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentrun.cgroup.limits import Plan
 from agentrun.environment import BASE_ENV
 from agentrun.errors import LimitError, UsageError
 from agentrun.policy import DEFAULT, Limits
@@ -19,7 +20,7 @@ from agentrun.types import Unenforced
 
 BASE = tuple(key + b"=" + value for key, value in BASE_ENV.items())
 TERMS = Terms(
-    policy=DEFAULT, limits=DEFAULT.limits, pool=None, files=None, unenforced=(), nproc=0, owner=(0, 0), env=BASE_ENV,
+    policy=DEFAULT, plan=Plan(DEFAULT.limits, {}, ()), pool=None, unenforced=(), nproc=0, owner=(0, 0), env=BASE_ENV,
     entries=BASE, forbidden=(),
 )  # fmt: skip
 encode_env = TERMS.environment

@@ -125,6 +125,19 @@ async def a_burst_within_its_allowance_is_let_be(trial: Trial) -> str:
 
 
 @check
+async def a_budget_ends_with_its_call(trial: Trial) -> str:
+    """Those that wait have been built to fit the calls before, which had one; this call has none."""
+    for _ in range(3):
+        assert (await trial.run("anon", 8, on_exhausted="kill")).ok
+        await trio.sleep(0.5)
+    free = await trial.run("anon", 200, memory_high=None)
+    assert (free.outcome, free.exit_code, free.bursts) == (Outcome.EXITED, 0, ()), free
+    held = await trial.run("anon", 200, on_exhausted="kill")
+    assert held.outcome is Outcome.MEMORY_KILLED, held
+    return f"{peak_of(free) >> 20} MB, then killed at {peak_of(held) >> 20}"
+
+
+@check
 async def what_is_shared_or_given_back_counts_once(trial: Trial) -> str:
     said = []
     for hog_mode in ("cow", "churn"):

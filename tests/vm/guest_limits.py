@@ -137,6 +137,34 @@ async def tenant_budget_bounds_its_calls_together(executor: Executor) -> str:
 
 
 @check
+async def leaves_that_wait_have_the_limits_of_the_call_before(executor: Executor) -> str:
+    """And a call with others finds its own. The default's have nothing of most of these."""
+    names = ("memory.max", "memory.high", "memory.oom.group", "pids.max", "cpu.max", "cpu.max.burst", "cpu.weight")
+    expected = {
+        "one": ["67108864", "33554432", "1", "51", "50000 100000", "40000", "7"],
+        "two": ["max", "max", "0", "max", "20000 100000", "0", "100"],
+        "default": ["2147483648", "max", "1", "513", "max 100000", "0", "100"],
+    }
+    limits = {
+        "one": Limits(memory_max=64 * MIB, memory_high=32 * MIB, pids_max=50, cpus=0.5, cpu_burst=0.04, cpu_weight=7),
+        "two": Limits(memory_max=None, pids_max=None, cpus=0.2),
+        "default": Limits(),
+    }
+    policies = {name: Policy(name=name, limits=one) for name, one in limits.items()}
+    ready = 0
+    for name in ("one", "one", "one", "two", "one", "default", "two", "two", "default", "default"):
+        result = await executor.run(["sh", "-c", "cd /sys/fs/cgroup; cat " + " ".join(names)], policy=policies[name])
+        assert (result.stdout or b"").decode().split("\n")[:-1] == expected[name], (name, result)
+        used = leaf_of(executor, result.id)
+        await trio.sleep(0.5)  # the next one is built
+        waiting = [leaf for leaf in used.parent.glob("call-*") if leaf != used]
+        found = [[(leaf / file).read_text().strip() for file in names] for leaf in waiting]
+        assert expected[name] in found, (name, found)
+        ready += found.count(expected[name])
+    return f"{ready} times a leaf had the next call's limits before it came"
+
+
+@check
 async def pids_max_stops_a_fork_storm(executor: Executor) -> str:
     storm = "i=0; while [ $i -lt 60 ]; do sleep 987652 & i=$((i+1)); done; echo unreachable"
     result = await shell(executor, storm, pids_max=20)

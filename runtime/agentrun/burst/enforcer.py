@@ -17,6 +17,7 @@ from agentrun.burst.table import ACTS, Orders, Table
 from agentrun.burst.watch import Watch
 from agentrun.cgroup.foreign import Foreign
 from agentrun.errors import HostError
+from agentrun.policy import DEFAULT, Limits
 
 SLACK = max(4 << 20, (os.cpu_count() or 1) * 64 * 4096)
 """Bytes above memory.high in which the programs leave it to the kernel to brake until we have looked, for it may be page cache
@@ -31,6 +32,9 @@ class Enforcer:
     def __init__(self, controller: bool) -> None:
         """``controller``: leaves have memory.max and memory.high."""
         self._controller = controller
+        self._limits = DEFAULT.limits
+        self._orders = self._orders_for(self._limits)
+        """What the limits that were armed last come to: most calls have those of the one before."""
         self.table: Table | None = None
         """The kernel's programs, while there are any."""
         self.listeners: set[Listener] = set()
@@ -45,10 +49,17 @@ class Enforcer:
     def arm(self, entry: Entry) -> None:
         """Have the programs hold a leaf to its limits from now on, with a full allowance."""
         limits = entry.limits
-        judged = limits.memory_high is not None or not self._controller
-        if self.table is None or not entry.number or not judged:
+        if self.table is None or not entry.number:
             return
-        self.table.arm(entry.number, Orders(
+        if limits.memory_high is None and self._controller:
+            self.table.disarm(entry.number)  # it may have been built to fit a call that has a budget
+            return
+        if limits is not self._limits:
+            self._limits, self._orders = limits, self._orders_for(limits)
+        self.table.arm(entry.number, self._orders)
+
+    def _orders_for(self, limits: Limits) -> Orders:
+        return Orders(
             steady=limits.memory_high,
             # Where there is a controller its memory.max is exact; a second guard would only be in its way.
             ceiling=None if self._controller else limits.memory_max,
@@ -57,7 +68,7 @@ class Enforcer:
             # Nothing but a signal brakes where there is no controller.
             on_exhausted=ACTS["stop" if limits.on_exhausted == "throttle" and not self._controller else limits.on_exhausted],
             on_ceiling=ACTS["kill"],
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def take(self, entry: Entry, watch: Watch, step: Step, seen_ns: int | None) -> None:
         """Carry out a step of the ladder. ``seen_ns``: when the kernel saw what it is for.

@@ -135,6 +135,16 @@ class Governor:
             entry.number = self._table.add(entry.leaf.id, entry.level)
             self._enforcer.arm(entry)
 
+    def hold(self, leaf: Leaf, limits: Limits) -> None:
+        """Hold a leaf to these from now on, as those of the call it is built for most likely."""
+        if (entry := self._entries.get(leaf.id)) is not None:
+            self._hold(entry, limits)
+
+    def _hold(self, entry: Entry, limits: Limits) -> None:
+        if limits is not entry.limits and limits != entry.limits:
+            entry.limits = limits
+            self._enforcer.arm(entry)
+
     def begin(self, leaf: Leaf, limits: Limits) -> None:
         """A call is about to be dispatched into a leaf."""
         entry = self._entries.get(leaf.id)
@@ -143,9 +153,7 @@ class Governor:
         if self.scheduling is not None:
             self.scheduling.begin(leaf, limits)
         entry.lost = False
-        if limits is not entry.limits and limits != entry.limits:
-            entry.limits = limits
-            self._enforcer.arm(entry)
+        self._hold(entry, limits)
         if limits.memory_high is not None and self.mode is not Mode.NONE:
             entry.watch = Watch(leaf, entry.tenant, limits, self._priorities.get(entry.tenant, 0), trio.current_time())
             if self._table is None:
@@ -165,11 +173,11 @@ class Governor:
             self.scheduling.end(leaf)
         peak, killed, mode, watch = None, entry.killed, self.mode, entry.watch
         if self._table is not None and entry.number:
-            state = self._table.state(entry.number)
-            self._table.disarm(entry.number)
+            most, kills = self._table.disarm(entry.number)
             if not self._controller:
-                peak = state.peak
-            if state.kills and not killed:  # the event is on its way
+                peak = most
+            if kills and not killed:  # the event is on its way
+                state = self._table.state(entry.number)
                 killed = entry.sentence(state.struck_usage)
                 self._enforcer.note_kill(entry, killed, state.struck_usage, state.struck_ns)
         if entry.lost and not self._controller:

@@ -65,7 +65,7 @@ class Leaf:
             raise
 
     def write(self, files: Mapping[str, str]) -> None:
-        """Write control files.
+        """Write control files, in their order.
 
         Raises:
             HostError: naming the file, the value and the likely cause.

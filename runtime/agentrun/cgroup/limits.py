@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from agentrun.policy import Limits
+from agentrun.types import Unenforced
 
 CPU_PERIOD_US = 100_000
+_LIFTED = {
+    "memory.oom.group": "0", "memory.max": "max", "memory.high": "max", "memory.swap.max": "max", "pids.max": "max",
+    "cpu.max": "max", "cpu.max.burst": "0", "io.weight": "100", "cpu.weight": "100",
+}  # fmt: skip
+"""As the kernel makes a cgroup."""
+
+
+class Plan(NamedTuple):
+    """What limits come to on this host. Equal limits have the same one."""
+
+    limits: Limits
+    files: Mapping[str, str]
+    """The control files of a leaf that express them, in the order they are written."""
+    missing: tuple[Unenforced, ...]
+    """What nothing here can enforce."""
 
 
 def plan_limits(limits: Limits) -> dict[str, str]:
@@ -33,6 +53,16 @@ def plan_limits(limits: Limits) -> dict[str, str]:
     if limits.cpu_weight is not None:
         files["cpu.weight"] = str(limits.cpu_weight)
     return files
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """What to write to a leaf that has the control files ``old`` and is to have ``new``, in an order the kernel takes."""
+    wanted = {name: _LIFTED[name] for name in old} | dict(new)
+    found = {name: text for name, text in wanted.items() if old.get(name) != text}
+    burst = "cpu.max.burst"
+    if int(old.get(burst, 0)) > int(found.get(burst, sys.maxsize)):
+        found = {burst: found[burst]} | found  # before cpu.max: no quota may be below the burst there is
+    return found
 
 
 def plan_budget(limits: Limits) -> dict[str, str]:

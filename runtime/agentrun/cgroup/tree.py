@@ -27,7 +27,7 @@ import msgspec
 
 from agentrun.cgroup.files import read_file, write_file
 from agentrun.cgroup.leaf import Leaf
-from agentrun.cgroup.limits import plan_limits
+from agentrun.cgroup.limits import Plan, plan_limits
 from agentrun.errors import HostError, UsageError
 from agentrun.policy import Limits
 from agentrun.types import Unenforced
@@ -128,7 +128,7 @@ class Tree:
         self.path = base.path / (PREFIX + check_name(name))
         self.base = base
         self._tenants: dict[str, int] = {}
-        self._plans: dict[Limits, tuple[dict[str, str], tuple[Unenforced, ...]]] = {}
+        self._plans: dict[Limits, Plan] = {}
         self.fd = _claim(self.path)
         try:
             _clear(self.fd, self.path)  # a dead owner of the same name
@@ -165,12 +165,13 @@ class Tree:
         finally:
             os.rmdir("probe", dir_fd=self.fd)
 
-    def plan(self, limits: Limits) -> tuple[dict[str, str], tuple[Unenforced, ...]]:
+    def plan(self, limits: Limits) -> Plan:
         """What to write to a leaf for ``limits``, and which of them nothing here can enforce."""
         if limits not in self._plans:
             files = plan_limits(limits)
             missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self.files)
-            self._plans[limits] = (
+            self._plans[limits] = Plan(
+                limits,
                 {name: text for name, text in files.items() if name in self.files},
                 tuple(item for item in missing if item.limit not in COVERED),
             )

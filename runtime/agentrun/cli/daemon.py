@@ -44,31 +44,50 @@ def add_arguments(parser: argparse.ArgumentParser, _verb: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    config = load_config(args.config)
-    if args.socket:
-        config = msgspec.structs.replace(config, socket=args.socket)
-    if args.group:
-        config = msgspec.structs.replace(config, group=args.group)
-    check_name(args.name)
-    _raise_descriptor_limit()
-    _raise_priority()
-    trio.run(_serve, config, args.name)
+    passed = [socket.socket(fileno=fd) for fd, _ in notify.listen_fds()]
+    try:
+        config = load_config(args.config)
+        if args.socket:
+            config = msgspec.structs.replace(config, socket=args.socket)
+        if args.group:
+            config = msgspec.structs.replace(config, group=args.group)
+        check_name(args.name)
+        _raise_descriptor_limit()
+        _raise_priority()
+        trio.run(_serve, config, args.name, passed)
+    except Exception:
+        _turn_away(passed)
+        raise
     return 0
 
 
-async def _serve(config: DaemonConfig, name: str) -> None:
-    passed = notify.listen_fds()
+def _turn_away(passed: list[socket.socket]) -> None:
+    """Tell those who wait at the sockets of a service manager that there is no daemon.
+
+    They would wait for ever, and make the manager start us again and again. What is wrong is in the log and not for them: it
+    may be about somebody else's policies.
+    """
+    refusal = error_frame(125, "the daemon could not be started; its log says why")
+    for listener in passed:
+        listener.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.send(refusal, socket.MSG_DONTWAIT)
+
+
+async def _serve(config: DaemonConfig, name: str, passed: list[socket.socket]) -> None:
     if passed:
-        listeners = [trio.socket.from_stdlib_socket(socket.socket(fileno=fd)) for fd, _ in passed]
+        listeners = [trio.socket.from_stdlib_socket(listener) for listener in passed]
     else:
         listeners = [open_listener(config.socket, _group_id(config.group))]
     try:
         with _metrics_listener(config) as scraped:
             await _run(config, name, listeners, scraped)
     finally:
-        for listener in listeners:
-            listener.close()
         if not passed:
+            listeners[0].close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(config.socket)
 
@@ -94,6 +113,7 @@ async def _run(
                 _reload(executor, config)
         with contextlib.suppress(OSError):  # whoever wanted to know may be gone
             notify.notify("STOPPING=1")
+        await daemon.finish()
         nursery.cancel_scope.cancel()
 
 

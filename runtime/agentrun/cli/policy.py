@@ -151,7 +151,7 @@ def _unenforced(policies: dict[str, Policy]) -> dict[str, list[str]]:
             found[where] = [
                 f"{item.limit} is not enforced here, calls"
                 f" {'are refused' if item.limit in asked and not policy.best_effort else 'run without it'}: {item.reason}"
-                for item in tree.plan(policy.limits)[1]
+                for item in tree.plan(policy.limits).missing
             ]
         return found
     finally:
