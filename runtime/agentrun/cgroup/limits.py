@@ -18,7 +18,7 @@ _LIFTED = {
 
 
 class Plan(NamedTuple):
-    """What limits come to on this host. Equal limits have the same one."""
+    """What limits come to on this host."""
 
     limits: Limits
     files: Mapping[str, str]

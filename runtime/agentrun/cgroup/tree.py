@@ -35,6 +35,7 @@ from agentrun.types import Unenforced
 PREFIX = "agentrun-"
 _log = logging.getLogger("agentrun")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PLANS_KEPT = 1024
 CONTROLLERS = ("cpu", "memory", "pids", "io")
 COVERED = frozenset({"pids.max", "memory.oom.group", "memory.swap.max"})
 """Not missed where they are missing: RLIMIT_NPROC bounds processes; without memory.max the other two say nothing."""
@@ -168,6 +169,8 @@ class Tree:
     def plan(self, limits: Limits) -> Plan:
         """What to write to a leaf for ``limits``, and which of them nothing here can enforce."""
         if limits not in self._plans:
+            if len(self._plans) >= _PLANS_KEPT:  # --memory may be another number each time
+                self._plans.clear()
             files = plan_limits(limits)
             missing = tuple(Unenforced(name, self._why(name)) for name in files if name not in self.files)
             self._plans[limits] = Plan(
