@@ -143,10 +143,6 @@ def _may_exist(path: str) -> bool:
 def _runner(shape: Shape, root: rootfs.RootFs) -> list[bytes]:
     process = shape.process
     limits = {"core": _NO_CORE, "nofile": _NOFILE} | {limit.name: limit for limit in process.rlimits}
-    if shape.limits.pids_max is not None:
-        # Counted per user namespace since Linux 5.14 (commit 21d1c5e386bc), so it bounds this sandbox alone and holds where
-        # there is no pids controller.
-        limits["nproc"] = Rlimit("nproc", shape.limits.pids_max, shape.limits.pids_max)
     if process.cpu_seconds is not None:
         limits["cpu"] = Rlimit("cpu", process.cpu_seconds, process.cpu_seconds + _CPU_GRACE)
     if shape.fs.file_size is not None:

@@ -34,7 +34,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     pool: Pool
     unenforced: tuple[Unenforced, ...]
     nproc: int
-    """RLIMIT_NPROC; 0 leaves the pool's."""
+    """RLIMIT_NPROC; 0 is none. Each call brings its own: a slot that was built with one could be given less, but never more.
+
+    Counted per user namespace since Linux 5.14 (commit 21d1c5e386bc), so it bounds this sandbox alone and holds where there is no
+    pids controller.
+    """
     owner: tuple[int, int]
     """The tool's uid and gid as the host sees them."""
     env: Mapping[bytes, bytes]
@@ -109,7 +113,7 @@ class TermsBook:
             plan=plan,
             pool=self._fleet.pool(tenant, policy),
             unenforced=missing,
-            nproc=0 if limits.pids_max == DEFAULT.limits.pids_max else limits.pids_max or 0,
+            nproc=limits.pids_max or 0,
             owner=self._fleet.tenants.owner(tenant, policy),
             env=env,
             entries=tuple(key + b"=" + value for key, value in env.items()),

@@ -2,6 +2,7 @@
 """The library: what a call's result says, whatever the tool does."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -225,6 +226,16 @@ def test_a_fork_bomb_is_bounded(executor):
     bomb = executor.sh("b() { b | b & }; b; sleep 1", policy=Policy(limits=Limits(pids_max=30)), timeout=10)
     assert bomb.outcome in (Outcome.EXITED, Outcome.TIMED_OUT)
     assert executor.sh("echo well").stdout == b"well\n"
+
+
+def test_each_call_has_its_own_limit_of_processes(executor):
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[1]  # in a container root may not have more than this
+    for wanted in (None, 1024, 20, None, 700, 512):
+        result = executor.python(
+            "import resource; print(*resource.getrlimit(resource.RLIMIT_NPROC))", policy=Policy(limits=Limits(pids_max=wanted))
+        )
+        given = most if wanted is None or 0 <= most < wanted else wanted
+        assert result.stdout.split() == [b"%d" % given] * 2, wanted
 
 
 def test_a_memory_limit_holds_or_is_refused(executor):
