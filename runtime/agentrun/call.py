@@ -12,6 +12,7 @@ from time import monotonic
 import trio
 
 from agentrun import denials
+from agentrun.burst.entry import ABOVE_LIMIT
 from agentrun.burst.governor import Governor
 from agentrun.burst.ladder import Mode
 from agentrun.burst.watch import Record
@@ -237,8 +238,10 @@ class Call:
     def _burst_verdict(self, memory: Record) -> Verdict:
         limits = self.request.terms.plan.limits
         high, burst, peak = limits.memory_high, limits.memory_burst, memory.peak
-        budget = f"{high} bytes" if high is not None else f"{limits.memory_max} bytes"
-        if high is not None and burst:
+        if high is None or memory.killed == ABOVE_LIMIT:
+            high, burst = limits.memory_max, None
+        budget = f"{high} bytes"
+        if burst:
             budget += f", and {burst} more for {limits.burst_seconds:g} s"
         used = "" if peak is None else f"; this call's peak was {peak} bytes"
         advice = "ask for more memory (--hint memory=high, another policy), or do the work in smaller pieces"

@@ -113,6 +113,14 @@ def test_a_burst_within_its_allowance(bursts, hog):
     assert rungs(result)[0] == "granted", result
 
 
+def test_a_burst_ends_at_the_limit_and_the_verdict_names_that(bursts, hog):
+    result = run(bursts, hog, "anon", 512, memory_burst=64 * MIB, burst_seconds=60.0, memory_max=200 * MIB)
+    assert result.outcome is Outcome.MEMORY_KILLED, result
+    if result.memory_mode == Mode.BPF:  # else it is the controller's own
+        assert f"killed: above its memory limit ({200 * MIB} bytes);" in result.verdict.message, result
+    assert f"{200 * MIB} bytes" in result.verdict.message, result
+
+
 def test_knowing_is_all_that_notify_wants(bursts, hog):
     result = run(bursts, hog, "anon", 128, on_exhausted="notify")
     assert result.ok, result

@@ -6,6 +6,8 @@ from agentrun.burst.watch import Watch
 from agentrun.cgroup.leaf import Leaf
 from agentrun.policy import DEFAULT, Limits
 
+ABOVE_LIMIT = "above its memory limit"
+
 
 class Entry:
     """A leaf, what it is held to, and the call in it, if that has a steady budget."""
@@ -29,7 +31,7 @@ class Entry:
         """Why the programs in the kernel killed it at ``usage`` bytes, in the ladder's words."""
         limits = self.limits
         if limits.memory_max is not None and usage > limits.memory_max:
-            return "above its memory limit"
+            return ABOVE_LIMIT
         if limits.on_exhausted in ("stop", "throttle"):
             return "it was to be stopped above its budget, and sat in a system call that only death ends"
         return "its burst allowance is used up" if limits.memory_burst else "above its memory budget"
