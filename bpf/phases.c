@@ -18,7 +18,7 @@ BPF_HASH(calls, u64, struct call, CALLS);
 BPF_HASH(zygotes, u32, struct call, ZYGOTES);
 BPF_HASH(cold, u64, u8, CALLS); /* leaves of sandboxes that a call waited for */
 BPF_TABLE("lru_hash", u32, struct call, births, 1024); /* pid of an init -> what its zygote did for it */
-BPF_TABLE("lru_hash", u32, u64, starts, 8192);         /* task -> when its system call began, while another of its sandbox is in one */
+BPF_TABLE("lru_hash", u32, u64, starts, 8192);         /* task of a container -> when its system call began */
 BPF_F_TABLE("array", u32, struct histogram, histograms, HISTOGRAMS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct daemon, daemon, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct counted, counted, 1, BPF_F_MMAPABLE);
@@ -122,11 +122,13 @@ static __always_inline struct call *account(struct call *call)
 
 // ---------------------------------------------------------------- spans: system calls from entry to return
 
+// A sandbox of ours is set up by one task after the other: when a system call began is in its record. What sets a container up may
+// be many threads, of which two can find the record free at the same moment: each has a place of its own.
 static __always_inline void begin(struct call *call)
 {
     u32 task = bpf_get_current_pid_tgid();
     u64 now = bpf_ktime_get_ns();
-    if (!call->busy || call->busy == task) {
+    if (call->kind != KIND_COLD && (!call->busy || call->busy == task)) {
         if (call->busy) lose(); // the last one's end
         call->busy = task;
         call->busy_ns = now;
@@ -353,6 +355,19 @@ TRACEPOINT_PROBE(syscalls, sys_exit_setns)
 }
 
 // ---------------------------------------------------------------- the tool
+
+// A thread that executes a program becomes its process's first on the way, and has that one's id when it returns.
+TRACEPOINT_PROBE(sched, sched_process_exec)
+{
+    u32 task = args->pid, old = args->old_pid;
+    if (task == old) return 0;
+    u64 *start = starts.lookup(&old);
+    if (!start) return 0;
+    u64 began = *start;
+    starts.update(&task, &began);
+    starts.delete(&old);
+    return 0;
+}
 
 TRACEPOINT_PROBE(syscalls, sys_enter_execve) { return enter(); }
 TRACEPOINT_PROBE(syscalls, sys_enter_execveat) { return enter(); }

@@ -41,7 +41,7 @@ enum phase {
 
 enum kind {
     KIND_WARM = 0,
-    KIND_COLD = 1,     /* a call waited for it */
+    KIND_COLD = 1,     /* a call waited for it; in a record, it is a container of another runtime */
     KIND_TEMPLATE = 2  /* what a zygote does once, for all its sandboxes */
 };
 
@@ -69,7 +69,7 @@ struct call {
     u32 seen;     /* bits of the phases that have a value */
     u32 main;     /* the process that became the tool; of a zygote, the init being made */
     u32 step;     /* of a zygote */
-    u32 busy;     /* the task that is in a system call; a second one's beginning is in `starts` */
+    u32 busy;     /* the task that is in a system call, if it is a sandbox of ours; else see `starts` */
     u32 padding;
     u64 busy_ns;  /* since when */
     u64 ns[15];   /* PHASES */

@@ -222,6 +222,50 @@ def test_a_container_of_another_runtime_is_recorded_once_registered():
     assert all((one.kind, one.count) == ("cold", 1) for one in found.values())
 
 
+THREADS = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+static void *busy(void *nothing) { for (int i = 0; i < 100000; i++) unshare(0); return nothing; }
+static void *go(void *argv) { execv(((char **)argv)[0], argv); return argv; }
+int main(int argc, char **argv) {
+    pthread_t thread[4];
+    if (argc < 3 || write(open(argv[1], O_WRONLY), "0", 1) != 1) return 1;
+    for (int i = 0; i < 4; i++) pthread_create(&thread[i], NULL, busy, NULL);
+    for (int i = 0; i < 4; i++) pthread_join(thread[i], NULL);
+    pthread_create(&thread[0], NULL, go, argv + 2);
+    for (;;) pause();
+}
+"""
+
+
+def test_a_container_may_be_set_up_by_many_threads(tmp_path):
+    """Which make system calls at the same moment, and of which any may become the tool."""
+    program = tmp_path / "threads"
+    subprocess.run(["cc", "-pthread", "-xc", "-", "-o", program], input=THREADS, text=True, check=True)
+    mount = find_mount()
+
+    async def body(executor):
+        path = Path(mount, unique_name())
+        path.mkdir()
+        try:
+            executor.latency.register(path.stat().st_ino, "threads")
+            argv = [program, path / "cgroup.procs", "/bin/sh", "-c", "sleep 0.05; exit 7"]
+            done = await trio.run_process(argv, check=False)
+            assert done.returncode == 7
+        finally:
+            await trio.to_thread.run_sync(eventually, partial(removed, path))
+        return await settled(executor, 1)
+
+    report = recorded(body)
+    assert report.lost == 0
+    found = {one.phase: one for one in report.histograms if one.shape == "threads"}
+    assert set(found) >= {"clone", "namespaces", "exec", "run"}, found
+    assert found["run"].sum > 0.05, "the program that the thread became, not one that it started"
+
+
 def removed(path: Path) -> bool:
     with contextlib.suppress(OSError):
         path.rmdir()
