@@ -20,7 +20,7 @@ from agentrun.burst.ladder import Mode
 from tests.hog import GROWING, available, compile_hog
 from tests.kernel.wall import public_directory
 from tests.requirements import lacking
-from tests.support import Blocking, Leaks, cgroup_of, eventually, missing_requirement, own_config
+from tests.support import PYTHON, Blocking, Leaks, cgroup_of, eventually, missing_requirement, own_config
 
 pytestmark = pytest.mark.host
 
@@ -265,3 +265,32 @@ def test_the_probes_process_may_die_at_any_time(hog):
     finally:
         running.close()
     eventually(lambda: bpf_objects() == before, "nothing left in the kernel")
+
+
+def test_what_is_not_known_is_not_said(bursts):
+    """A call above its budget whose programs die has not got below it."""
+    memory = bursts.executor.memory
+    pid, starts = memory.link.pid, memory.link.starts
+    script = f"import time\nheld = bytearray({2 * BUDGET})\ntime.sleep(2)"
+
+    async def killed_meanwhile():
+        async def kill():
+            await trio.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+            memory.governor.detach()  # as it will when the kernel has closed its socket, which may take seconds
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            result = await bursts.executor.run([PYTHON, "-c", script], policy=policy(on_exhausted="notify"), timeout=20)
+        with trio.fail_after(60):
+            while memory.link.starts == starts or memory.governor.mode not in (Mode.BPF, Mode.CONTROLLER_BPF):
+                await trio.sleep(0.01)
+        return result
+
+    result = bursts.call(killed_meanwhile)
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), "its programs are detached")
+    assert result.ok, result
+    if result.memory_mode == Mode.NONE:
+        assert rungs(result) == ["noticed", "within"], result
+        assert result.bursts[-1].reason == "nobody counts its memory any more"
+        assert result.bursts[-1].usage > BUDGET

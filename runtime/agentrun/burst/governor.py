@@ -15,7 +15,7 @@ import trio
 from agentrun.burst.enforcer import Enforcer
 from agentrun.burst.entry import Entry
 from agentrun.burst.headroom import Funds, available, worth_it
-from agentrun.burst.ladder import Mode, Rung, Situation, climb
+from agentrun.burst.ladder import Mode, Rung, Situation, Step, climb
 from agentrun.burst.notices import Notices
 from agentrun.burst.table import ACTS, Event, Table
 from agentrun.burst.watch import NO_RECORD, Record, Watch
@@ -88,9 +88,18 @@ class Governor:
         table.close()
         for entry in self._entries.values():
             entry.number, entry.lost = 0, True
-            if entry.watch is not None and entry.watch.notice < 0 and self._controller:
-                self._heed(entry.watch)
+            if entry.watch is not None and not entry.killed:
+                self._without_programs(entry, entry.watch)
         self.on_mode()
+
+    def _without_programs(self, entry: Entry, watch: Watch) -> None:
+        if self._controller:
+            if watch.notice < 0:
+                self._heed(watch)
+        elif watch.rung is not Rung.WITHIN:
+            # Whoever stands still could wait for ever: nobody would see him get below his budget.
+            self._enforcer.take(entry, watch, Step(Rung.WITHIN, None, "nobody counts its memory any more"), None)
+            self._active.discard(watch)
 
     # ------------------------------------------------------------------ leaves and calls
 
