@@ -91,7 +91,7 @@ class Daemon:
             nursery.start_soon(self.handle, connection)
 
     async def finish(self) -> None:
-        """End every call and tell its client, or refuse it; who connects from now on waits for the next daemon, if there is one."""
+        """End every call, or refuse it, and tell its client. Who connects from now on is for the next daemon, if there is one."""
         self._accepting.cancel()
         self._ending = trio.Event()
         with trio.move_on_after(FAREWELL_SECONDS):

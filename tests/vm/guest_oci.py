@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.vm.manager import Tool, booted
+
 SCRATCH = Path("/mnt/ext4")
 ROOTFS = SCRATCH / "rootfs"
 OURS = "/run/agentrun/agentrun-oci"
@@ -48,24 +50,6 @@ def podman(function: Callable[[Podman], Any]) -> Callable[[Podman], Any]:
 def ctr(function: Callable[[Ctr], Any]) -> Callable[[Ctr], Any]:
     CTR[function.__name__] = function
     return function
-
-
-class Tool:
-    """A program that is called again and again with the same beginning."""
-
-    def __init__(self, front: list[str], env: dict[str, str] | None = None, user: int | None = None) -> None:
-        self.front, self.env, self.user = front, env, user
-
-    def __call__(self, *arguments: str, timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.front, *arguments], text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, env=self.env,
-            user=self.user, group=self.user, extra_groups=[] if self.user else None, check=False, **options,
-        )  # fmt: skip
-
-    def must(self, *arguments: str) -> str:
-        done = self(*arguments)
-        assert done.returncode == 0, (arguments, done.returncode, done.stderr, done.stdout)
-        return done.stdout.strip()
 
 
 class Podman(Tool):
@@ -429,18 +413,7 @@ def systemd() -> Any:
     limits = {"memory": {"limit": 64 << 20}, "pids": {"limit": 30}, "cpu": {"quota": 50000, "period": 100000}}
     config["linux"] |= {"cgroupsPath": "agentrun-t.slice:oci:t1", "resources": limits}
     (bundle / "config.json").write_text(json.dumps(config))
-    boot = "container=agentrun exec /lib/systemd/systemd --system --unit=sysinit.target"
-    manager = subprocess.Popen(
-        ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "sh", "-c", boot], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while not Path("/run/systemd/private").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split()
-        inside = Tool(["nsenter", "-t", children[0], "-p", "-m"])
+    with booted() as inside:
         with open("/dev/null", "w") as null:
             front = [*inside.front, OURS, "--systemd-cgroup", "create", "--bundle", str(bundle), "t1"]
             done = subprocess.run(front, stdin=null, stdout=null, stderr=null, check=False)
@@ -460,9 +433,6 @@ def systemd() -> Any:
         found["left"] = [inside.must(*show, "ActiveState"), [str(path) for path in CGROUPS.rglob("oci-t1.scope")]]
         found["podman"] = podman_by_systemd(inside)
         return found
-    finally:
-        manager.kill()
-        manager.wait()
 
 
 def podman_by_systemd(inside: Tool) -> Any:
