@@ -144,6 +144,10 @@ class Latency:
         """A sandbox was built. The programs know; this is for those of a probes process that is started later."""
         self._leaves[leaf] = shape
 
+    def used(self, leaf: int) -> None:
+        """A tool is about to run in it: programs that come only now would take what that does for setting up."""
+        self._leaves.pop(leaf, None)
+
     def forget(self, leaf: int) -> None:
         """A sandbox goes."""
         self._leaves.pop(leaf, None)

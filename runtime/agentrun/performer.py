@@ -113,6 +113,7 @@ class Performer:
                     self._fleet.adjust(slot, plan)
                     pool.plan = plan
                 self._governor.begin(slot.leaf, plan.limits)
+                self._latency.used(slot.leaf.id)
                 try:
                     await call.dispatch(slot, message, fds)
                 except (BrokenPipeError, ConnectionResetError):

@@ -184,6 +184,32 @@ def test_programs_that_come_later_know_what_is_there_and_keep_what_was_counted()
     assert after.lost == 0
 
 
+def test_programs_that_come_later_do_not_take_a_tool_for_its_setting_up():
+    script = "sleep 0.3; /bin/true; sleep 0.1"
+
+    async def body(executor, maps):
+        results = []
+
+        async def one(argv):
+            results.append(await executor.run(argv, timings=True))
+
+        await executor.warm_up(count=2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, ["/bin/sh", "-c", script])
+            await trio.sleep(0.1)
+            executor.latency.attach(maps)
+            await one(["true"])
+        report = await settled(executor, 1)
+        return results, report
+
+    with probes() as maps:
+        (quick, older), report = with_executor(body, maps)
+    assert quick.phases["exec"] is not None
+    assert older.phases == dict.fromkeys(PHASES)
+    assert report.lost == 0
+    assert [one.count for one in report.histograms if one.phase == "exec"] == [1]
+
+
 def test_a_tool_cannot_add_to_its_own_phases():
     """What the tool does after its start is its own business, even if it is what setting up is made of."""
     script = "import os\nfor _ in range(200): os.fork() or os._exit(0)\ntry: os.execv('/bin/false', ['x'])\nfinally: os._exit(3)"
