@@ -267,30 +267,40 @@ def test_the_probes_process_may_die_at_any_time(hog):
     eventually(lambda: bpf_objects() == before, "nothing left in the kernel")
 
 
-def test_what_is_not_known_is_not_said(bursts):
-    """A call above its budget whose programs die has not got below it."""
+def test_what_is_not_known_is_not_said(bursts, hog):
+    """A call above its budget whose programs die has not got below it, and its peak is none that others saw a part of."""
     memory = bursts.executor.memory
     pid, starts = memory.link.pid, memory.link.starts
-    script = f"import time\nheld = bytearray({2 * BUDGET})\ntime.sleep(2)"
+    go, news, rows = Path(hog).with_name("go"), [], []
+    script = f"import os, time\nheld = bytearray({2 * BUDGET})\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)"
 
     async def killed_meanwhile():
         async def kill():
             await trio.sleep(1)
             os.kill(pid, signal.SIGKILL)
             memory.governor.detach()  # as it will when the kernel has closed its socket, which may take seconds
+            rows.extend(bursts.executor.usage(*item) for item in bursts.executor.calls().items())
+            assert memory.status().hook is None
+            with trio.fail_after(60):
+                while memory.link.starts == starts or memory.governor.mode not in (Mode.BPF, Mode.CONTROLLER_BPF):
+                    await trio.sleep(0.01)
+            go.touch()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kill)
-            result = await bursts.executor.run([PYTHON, "-c", script], policy=policy(on_exhausted="notify"), timeout=20)
-        with trio.fail_after(60):
-            while memory.link.starts == starts or memory.governor.mode not in (Mode.BPF, Mode.CONTROLLER_BPF):
-                await trio.sleep(0.01)
-        return result
+            return await bursts.executor.run([PYTHON, "-c", script], policy=policy(on_exhausted="notify"), timeout=90)
 
-    result = bursts.call(killed_meanwhile)
+    memory.governor.listeners.add(news.append)
+    try:
+        result = bursts.call(killed_meanwhile)
+    finally:
+        memory.governor.listeners.discard(news.append)
     eventually(lambda: not Path(f"/proc/{pid}").exists(), "its programs are detached")
     assert result.ok, result
     if result.memory_mode == Mode.NONE:
         assert rungs(result) == ["noticed", "within"], result
         assert result.bursts[-1].reason == "nobody counts its memory any more"
         assert result.bursts[-1].usage > BUDGET
+        assert (result.usage.memory_source, result.usage.memory_peak > BUDGET) == ("rusage", True), result
+        assert [row["memory"] for row in rows] == [None]
+        assert [one["mode"] for one in news if one["event"] == "mode"] == ["none", "bpf"]

@@ -122,7 +122,7 @@ class Control:
         refused = {**self._said.get("refused", {}), **self._failed}
         link = self.link
         return ProbesStatus(
-            mode=self.governor.mode.value, hook=self._said.get("hook") if link and link.pid else None,
+            mode=self.governor.mode.value, hook=self._said.get("hook") if self.governor.attached else None,
             pid=link.pid if link else 0, starts=link.starts if link else 0, seconds=self._said.get("seconds"),
             memory=link.memory if link and link.pid else 0, lost=self.governor.lost, refused=refused,
             sched=self.governor.scheduling.status() if self.governor.scheduling else None,

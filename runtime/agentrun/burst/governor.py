@@ -55,6 +55,11 @@ class Governor:
         return Mode.NONE if self._table is None else Mode.BPF
 
     @property
+    def attached(self) -> bool:
+        """There are programs in the kernel now."""
+        return self._table is not None
+
+    @property
     def _table(self) -> Table | None:
         return self._enforcer.table
 
@@ -74,7 +79,7 @@ class Governor:
             self._enter(entry)
         self._wake.set()
         self._wake = trio.Event()
-        self.on_mode()
+        self._mode_changed()
 
     def detach(self) -> None:
         """The programs are gone; the controller alone holds what it can."""
@@ -90,7 +95,12 @@ class Governor:
             entry.number, entry.lost = 0, True
             if entry.watch is not None and not entry.killed:
                 self._without_programs(entry, entry.watch)
+        self._mode_changed()
+
+    def _mode_changed(self) -> None:
         self.on_mode()
+        for listener in tuple(self.listeners):
+            listener({"event": "mode", "mode": self.mode.value, "call": "", "tenant": ""})
 
     def _without_programs(self, entry: Entry, watch: Watch) -> None:
         if self._controller:
@@ -183,7 +193,7 @@ class Governor:
         peak, killed, mode, watch = None, entry.killed, self.mode, entry.watch
         if self._table is not None and entry.number:
             most, kills = self._table.disarm(entry.number)
-            if not self._controller:
+            if not self._controller and not entry.lost:  # else it is of a part of the call
                 peak = most
             if kills and not killed:  # the event is on its way
                 state = self._table.state(entry.number)
@@ -334,7 +344,7 @@ class Governor:
         self._notices.close()
 
     def row(self, leaf: Leaf) -> dict[str, Any] | None:
-        """A call's memory now, for ``agentrun top``. ``credit``: seconds its allowance lasts if it uses all of it."""
+        """A call's memory now, for ``agentrun top``; None: nobody counts it. ``credit``: seconds its allowance lasts."""
         entry = self._entries.get(leaf.id)
         if entry is None:
             return None
@@ -342,6 +352,7 @@ class Governor:
         if watch is not None and limits.memory_burst:
             credit = round(watch.bucket.credit / limits.memory_burst, 3)
         return {
-            "memory": self._enforcer.usage(entry), "high": limits.memory_high, "max": limits.memory_max,
+            "memory": self._enforcer.usage(entry) if self._controller or entry.number else None,
+            "high": limits.memory_high, "max": limits.memory_max,
             "credit": credit, "rung": watch.rung.value if watch else None,
         }  # fmt: skip

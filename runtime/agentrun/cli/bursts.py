@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for news in follow(args.socket, {"op": "bursts"}):
             print(json.dumps(news) if args.json else _line(news), flush=True)
-            if news["event"] != "listening" and left is not None and (left := left - 1) == 0:
+            if news["event"] not in ("listening", "mode") and left is not None and (left := left - 1) == 0:
                 return 0
     except KeyboardInterrupt:
         return 0
@@ -70,6 +70,8 @@ def _line(news: dict[str, Any]) -> str:
     if news["event"] == "listening":  # what happens from here on is told
         return f"memory is held by: {news['mode']}\n{_HEAD}"
     when = datetime.fromtimestamp(news["time"]).astimezone()
+    if news["event"] == "mode":
+        return f"{when:%H:%M:%S}.{when.microsecond // 1000:03d} memory is held by: {news['mode']}"
     what = news["rung"] if news["event"] == "step" else news["event"]
     reaction = news.get("reaction")
     tool = " ".join(news["argv"]).replace("\n", " ") if news["argv"] else news.get("comm", "")

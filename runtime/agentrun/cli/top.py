@@ -61,12 +61,12 @@ def _text(data: dict[str, Any], before: dict[str, float], interval: float) -> st
         + (f" ({memory['hook']}, {memory['lost']} events lost)" if memory["hook"] else ""),
         _HEAD,
     ]
-    for row in sorted(data["calls"] + data["containers"], key=lambda row: -row["memory"]):
+    for row in sorted(data["calls"] + data["containers"], key=lambda row: -(row["memory"] or 0)):
         share = (row["cpu"] - before[row["call"]]) / interval * 100 if row["call"] in before else None
         credit = "" if row["credit"] is None else f"{row['credit']:.1f}s"
         pressure = "/".join("-" if value is None else f"{value:.0f}" for value in (row["psi_cpu"], row["psi_memory"]))
         lines.append(
-            f"{short(row['call'], 7):<8}{row['tenant']:<12}{row['seconds']:>8.1f}{brief(row['memory']):>9}{_size(row['high']):>8}"
+            f"{short(row['call'], 7):<8}{row['tenant']:<12}{row['seconds']:>8.1f}{_size(row['memory']):>9}{_size(row['high']):>8}"
             f"{_size(row['max']):>8}{credit:>8}  {row['rung'] or '':<10}{row['cpu']:>7.1f}s"
             f"{'' if share is None else f'{share:.0f}':>6}{pressure:>10}  {' '.join(row['argv'])[:50]}"
         )
