@@ -4,8 +4,8 @@
 from agentrun.cli import bursts, top
 
 ROW = {
-    "call": "a1", "tenant": "default", "argv": ["make"], "seconds": 1.0, "memory": None, "high": None, "max": None, "credit": None,
-    "rung": None, "cpu": 0.5, "psi_cpu": None, "psi_memory": None,
+    "call": "a1", "tenant": "default", "argv": ["make"], "seconds": 1.0, "memory": None, "high": None, "max": None,
+    "credit": None, "rung": None, "cpu": 0.5, "psi_cpu": None, "psi_memory": None,
 }  # fmt: skip
 
 
