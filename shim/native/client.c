@@ -143,7 +143,9 @@ static void hold_signals(void) {
 }
 
 static void take_signal(bool answered) {
-    const uint64_t forwarded = BIT(SIGINT) | BIT(SIGTERM) | BIT(SIGHUP) | BIT(SIGQUIT) | BIT(SIGUSR1) | BIT(SIGUSR2);
+    const uint64_t fatal = BIT(SIGINT) | BIT(SIGTERM) | BIT(SIGHUP) | BIT(SIGQUIT);
+    const uint64_t forwarded = fatal | BIT(SIGUSR1) | BIT(SIGUSR2);
+    static bool heard;
     struct signalfd_siginfo info;
     struct { void *handler; uint64_t flags; void *restorer; uint64_t mask; } action = {0};
     if (sys_read(signals, &info, sizeof info) != sizeof info) return;
@@ -156,6 +158,9 @@ static void take_signal(bool answered) {
     SYS4(__NR_rt_sigaction, sig, NULL, &action, sizeof action.mask);
     if (action.handler == (void *)SIG_IGN) return;
     if (answered || !(forwarded & BIT(sig))) leave(128 + sig);
+    // Until somebody has read the request there is nothing to end but us; after that what is unread may be the last signal.
+    heard = heard || !is_unheard(daemon_sock);
+    if (!heard && fatal & BIT(sig)) leave(128 + sig);
     char message[] = "\x16\0\0\0\x83\xa1v\1\xa2op\xa6signal\xa6signal";
     message[sizeof message - 1] = (char)sig;
     sys6(__NR_sendto, daemon_sock, (long)message, sizeof message, MSG_DONTWAIT_ | MSG_NOSIGNAL_, 0, 0);

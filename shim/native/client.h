@@ -23,6 +23,7 @@ long write_all(int fd, const void *data, size_t n);
 __attribute__((noreturn)) void exec_cli(int status, char **argv, char **envp);
 int reach_daemon(const char *path, bool own_runtime, char **envp);
 int reap_runtime(int sock);
+bool is_unheard(int sock);
 
 // client_tty.c
 bool tty_present(void);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The other side of the call: the daemon's socket, a private runtime for one call, or the Python command line.
 #include "client.h"
+#include <asm/ioctls.h>
 #include <linux/un.h>
 
 static int runtime_pid;  // the private runtime, until it is reaped
@@ -86,6 +87,13 @@ int reap_runtime(int sock) {
     }
     runtime_pid = 0;
     return status;
+}
+
+// Whether nobody has read what we sent: the socket of a daemon that does not accept, or that stands still. A private runtime is
+// still starting then.
+bool is_unheard(int sock) {
+    int bytes = 0;
+    return !runtime_pid && sys_ioctl(sock, TIOCOUTQ, &bytes) == 0 && bytes > 0;  // unix(7): SIOCOUTQ
 }
 
 int reach_daemon(const char *path, bool own_runtime, char **envp) {

@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """``agentrun exec`` against a daemon: exit codes, streams, signals, options."""
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import BIN, CLIENT, PYTHON, Watched, eventually, has_taken_its_signals, open_daemon, pids_below
+from tests.support import (
+    BIN,
+    CLIENT,
+    PYTHON,
+    Watched,
+    connect,
+    eventually,
+    exec_frame,
+    frame,
+    has_taken_its_signals,
+    open_daemon,
+    pids_below,
+    read_answer,
+)
 
 pytestmark = pytest.mark.host
 
@@ -168,6 +184,23 @@ def test_a_killed_client_takes_its_tool_along(daemon):
     daemon.works()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whom_no_daemon_hears_can_be_interrupted(tmp_path, number):
+    """A daemon that does not start has its clients in the backlog of its socket."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        client = subprocess.Popen([CLIENT, "exec", "--socket", str(tmp_path / "sock"), "--", "true"])
+        connection, _ = listener.accept()  # it is connected, and what it says is not read
+        with connection:
+            eventually(lambda: int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder) > 0)
+            client.send_signal(signal.SIGUSR1)  # is not for it, but for the tool that may come
+            with pytest.raises(subprocess.TimeoutExpired):
+                client.wait(0.3)
+            client.send_signal(number)
+            assert client.wait(20) == 128 + number
+
+
 def test_signals_in_quick_succession_all_arrive(daemon):
     """The daemon may find two frames in one read."""
     script = "trap 'echo one' USR1; trap 'echo two; exit 7' USR2; echo ready; while :; do sleep 0.02; done"
@@ -183,13 +216,12 @@ def test_signals_in_quick_succession_all_arrive(daemon):
 
 
 def test_a_signal_right_behind_the_request(daemon):
-    with daemon.stopped():
-        client = daemon.popen("--timeout", "5", "--", "sleep", "60")
-        eventually(lambda: f"SigBlk:\t{0:016x}" not in Path(f"/proc/{client.pid}/status").read_text())
-        client.terminate()
-        eventually(lambda: has_taken_its_signals(client.pid))
-    _, err = client.communicate(timeout=20)
-    assert (client.returncode, err) == (143, b"")
+    """The daemon finds both in one read."""
+    with connect(daemon.socket) as sock:
+        request = exec_frame(b"sleep", b"60", options={"capture": "1", "timeout": "5"})
+        sock.sendall(request + frame({"v": 1, "op": "signal", "signal": signal.SIGTERM.value}))
+        answer = read_answer(sock)
+    assert answer["exit"] == 143, answer
 
 
 def test_a_call_that_waits_can_be_interrupted():
