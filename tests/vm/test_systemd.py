@@ -18,11 +18,13 @@ import pytest
 from tests.requirements import lacking
 from tests.vm import guest_systemd
 from tests.vm.guests import KERNELS, Guest, started
+from tests.vm.unit_calls import CALLS
+from tests.vm.unit_life import LIFE
 
 TIMEOUT = 300
 """Seconds for one kernel; it takes about 75 beside another, 120 if it does both, and more where other tests run."""
 PROGRAMS = ("/lib/systemd/systemd", "systemctl", "unshare", "nsenter", "runuser", "useradd", "groupadd", "ip")
-SHARES = ((guest_systemd.CALLS, KERNELS[::2]), (guest_systemd.LIFE, KERNELS[1::2] or KERNELS))
+SHARES = ((CALLS, KERNELS[::2]), (LIFE, KERNELS[1::2] or KERNELS))
 
 pytestmark = pytest.mark.vm
 
