@@ -41,7 +41,7 @@ def parse_number(text: str, what: str, *, least: float, most: float, whole: bool
         value = float("nan")
     if not (least <= value <= most) or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
-        raise UsageError(f"{what}: {text!r} is not a {kind} from {least:g} to {most:g}")
+        raise UsageError(f"{what}: {text!r} is not a {kind} from {least:.10g} to {most:.10g}")
     return value
 
 

@@ -10,6 +10,8 @@ from agentrun.policy import Limits
 from agentrun.types import Unenforced
 
 CPU_PERIOD_US = 100_000
+PIDS_MOST = 4194304
+"""PID_MAX_LIMIT: the kernel takes no greater number."""
 _LIFTED = {
     "memory.oom.group": "0", "memory.max": "max", "memory.high": "max", "memory.swap.max": "max", "pids.max": "max",
     "cpu.max": "max", "cpu.max.burst": "0", "io.weight": "100", "cpu.weight": "100",
@@ -43,7 +45,7 @@ def plan_limits(limits: Limits) -> dict[str, str]:
         files["memory.swap.max"] = str(limits.memory_swap_max)
     if limits.pids_max is not None:
         # One more for init, which the caller does not see.
-        files["pids.max"] = str(limits.pids_max + 1)
+        files["pids.max"] = str(min(limits.pids_max + 1, PIDS_MOST))
     if limits.cpus is not None:
         files["cpu.max"] = f"{max(1000, round(limits.cpus * CPU_PERIOD_US))} {CPU_PERIOD_US}"
     if limits.cpu_burst is not None:
