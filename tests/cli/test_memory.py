@@ -107,3 +107,12 @@ def test_doctor_names_the_mode(probing):
     found = {finding["feature"]: finding for finding in report["findings"]}
     assert "mode " in found["memory control"]["detail"]
     assert found["programs in the kernel"]["state"] == "works"
+
+
+@pytest.mark.parametrize("words", [["lat"], ["lat", "0.1", "1"], ["bursts", "--count", "1"], ["top", "1", "1"], ["stats"]])
+def test_a_full_disk_is_one_line(probing, words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / "agentrun", *words], env=probing.env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False
+        )
+    assert (done.returncode, done.stderr) == (125, f"agentrun: {words[0]}: No space left on device\n")

@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # a full disk, most likely, which takes no more of what is printed
+        if args.verb == "daemon":
+            raise  # whoever reads its log wants to know where
+        print(f"agentrun: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
+        return 125
     return code
 
 
